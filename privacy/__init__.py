@@ -1,0 +1,1 @@
+"""eDP-SGD, clipping, noise, the ledger and the accountants."""

@@ -1,0 +1,1 @@
+"""The coordinator, its state, evaluation, reports and the command line."""

@@ -1,0 +1,1 @@
+"""Populations of virtual devices and the fleet that trains them."""

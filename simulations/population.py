@@ -1,0 +1,66 @@
+"""The population: all devices, as one activity array and a function from ids to examples.
+
+Nothing is stored or allocated for a device until it is sampled; a source implements `examples`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sottovoce.client.examples import Examples, Schema
+
+
+class Population(ABC):
+    """All devices that could take part, held-out ones apart.
+
+    `activity`: (devices,) unsigned integers, training examples of each training device, all >= 1.
+    `words`: the word table that example tokens index; it never leaves the simulator.
+    `public_words`: whether that table is public (a grammar's) or was read from private text.
+    `held_out`: number of evaluation devices, which are never sampled for training.
+    """
+
+    name: str
+    words: Sequence[str]
+    schema: Schema
+    activity: NDArray[np.unsignedinteger[Any]]
+    held_out: int
+    public_words: bool
+
+    def __len__(self) -> int:
+        return len(self.activity)
+
+    @abstractmethod
+    def examples(
+        self,
+        devices: NDArray[np.int64],
+        indices: Sequence[NDArray[np.int64]] | None = None,
+    ) -> Examples:
+        """Training examples of `devices`: all, or example numbers `indices[k]` of `devices[k]`.
+
+        Always the same examples for the same (device, number), whatever else is asked for.
+        """
+
+    @abstractmethod
+    def held_out_devices(self, limit: int | None = None) -> Examples:
+        """Examples of (at most `limit`) held-out devices."""
+
+    @abstractmethod
+    def held_out_examples(self, limit: int | None = None) -> Examples | None:
+        """Held-out examples of training devices, or None where the source has none."""
+
+    def expected_level_counts(self) -> NDArray[np.float64] | None:
+        """(levels,) expected devices per activity level under the *public* activity model.
+
+        None where activity is known from private data only; the sampler then asks for a declared
+        total weight or spends privacy on a noised histogram.
+        """
+        return None
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """What the report says of this source: unit, devices, activity, provenance, licence."""

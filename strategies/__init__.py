@@ -1,0 +1,1 @@
+"""Who is sampled, and how their updates are combined."""

@@ -1,0 +1,32 @@
+"""Activity levels: the public buckets in which devices report how much they have.
+
+Level l stands for a device with n in [2**l, 2**(l+1)) training examples; the last level is open.
+A device says its level, never its count; sampling, local plans and accounting read levels only.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+MAX_LEVEL = 15
+
+
+def activity_levels(activity: NDArray[np.integer]) -> NDArray[np.uint8]:
+    """Level of each device: floor(log2(activity)), at most `MAX_LEVEL`.
+
+    `activity`: (devices,) integers >= 1; raises ValueError where one is below 1.
+    """
+    if len(activity) and int(activity.min()) < 1:
+        device = int(np.argmin(activity))
+        raise ValueError(f"device {device} has no examples: every device needs at least one")
+    bounds = np.array([2**level for level in range(1, MAX_LEVEL + 1)], dtype=np.int64)
+    largest = int(activity.max()) if len(activity) else 1
+    table = np.searchsorted(bounds, np.arange(min(largest, 2**MAX_LEVEL) + 1), side="right")
+    clipped = np.minimum(activity, len(table) - 1)
+    return table.astype(np.uint8)[clipped]
+
+
+def level_size(level: int) -> int:
+    """Smallest number of examples of a device at `level`."""
+    return 1 << level
