@@ -22,7 +22,8 @@ MARKERS = ("o", "s", "^", "D")
 UNIT_COLOURS = {"device": BLUE, "example": ORANGE}
 POPULATION = "#9CA3AF"
 DOTTED, DASHED = (0, (1, 1.5)), (0, (5, 3))
-CLIPPED = {"clipped_fraction": "device updates", "example_clipped_fraction": "example gradients"}
+CLIPPED = (("device", "clipped_fraction", "device updates"),
+           ("example", "example_clipped_fraction", "example gradients"))
 
 
 def metric_families(run: RunRecord) -> list[list[str]]:
@@ -45,6 +46,13 @@ def spent_points(run: RunRecord, unit: str) -> list[tuple[float, float]]:
 
     pairs = [(spent(r), number(r[run.headline])) for r in run.evaluations]
     return [(e, v) for e, v in pairs if e is not None and math.isfinite(e) and v is not None]
+
+
+def clipped_series(run: RunRecord) -> list[tuple[str, list[int], list[float]]]:
+    """(name, rounds, fractions) for every unit whose contributions the run clips."""
+    series = [(name, *run.series(key)) for unit, key, name in CLIPPED
+              if setting(run.config, f"privacy.{unit}.enabled")]
+    return [found for found in series if found[1]]
 
 
 def draw_metrics(axes: Axes, run: RunRecord, metrics: list[str]) -> None:
@@ -143,10 +151,9 @@ def draw_rates(axes: Axes, run: RunRecord) -> None:
 
 def draw_clipping(axes: Axes, run: RunRecord) -> None:
     """Clipped fractions of device updates and of example gradients over rounds."""
-    for (key, name), colour, dash in zip(CLIPPED.items(), COLOURS, ("-", "--"), strict=False):
-        rounds, values = run.series(key)
-        if rounds:
-            axes.plot(rounds, values, color=colour, linestyle=dash, label=name)
+    for found, colour, dash in zip(clipped_series(run), COLOURS, ("-", "--"), strict=False):
+        name, rounds, values = found
+        axes.plot(rounds, values, color=colour, linestyle=dash, label=name)
     axes.set_ylim(0, 1.02)
     axes.set_ylabel("clipped fraction")
     rounds_axis(axes, run)

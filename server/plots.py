@@ -125,7 +125,7 @@ def _participation(run: RunRecord) -> Plot | None:
 
 
 def _clipping(run: RunRecord) -> Plot | None:
-    if not any(run.series(key)[0] for key in drawing.CLIPPED):
+    if not drawing.clipped_series(run):
         return None
     note = "Fraction of contributions that were scaled down to the clip norm."
     return _plot("Clipping", note, [partial(drawing.draw_clipping, run=run)])

@@ -61,7 +61,8 @@ def make_metrics(config: Json, rounds: int = 60) -> list[Json]:
             "round": i, "devices": int(taken.sum()), "dropped": int(i % 20 == 0),
             "examples": int(taken.sum() * 18), "seconds": 1.7 + 0.2 * rng.random(),
             "train_loss": 4.4 * math.exp(-i / 14) + 0.9 + 0.1 * rng.random(),
-            "update_norm": 0.2 / math.sqrt(i), "clip_norm": 0.4,
+            "update_norm": 0.2 / math.sqrt(i), "clip_norm": 0.4, "clipped_fraction": 0.0,
+            "example_clipped_fraction": 0.0,
             "devices_by_level": {str(k): int(n) for k, n in enumerate(taken) if n},
         }
         if privacy["device"]["enabled"]:
