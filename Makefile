@@ -1,0 +1,51 @@
+# Everything is installed into .venv, with the versions of constraints.txt. Each target does its own
+# set-up, which is repeated only when pyproject.toml or constraints.txt changes.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUNTIME := $(VENV)/.installed
+DEVELOP := $(VENV)/.installed-dev
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: help demo test lint types clean
+
+help:
+	@echo "make demo    a million devices train a voice assistant's language model, privately"
+	@echo "make test    the tests"
+	@echo "make lint    ruff"
+	@echo "make types   mypy"
+	@echo "make clean   remove .venv and caches (runs/ stays)"
+	@echo
+	@echo "Python 3.11 or newer is taken from PATH; PYTHON=/path/to/python3 names another."
+
+demo: $(RUNTIME)
+	@$(BIN)/sottovoce simulate
+
+# One thread a process: two spinning ones slow each other down.
+test: $(DEVELOP)
+	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/pytest -n 2 --dist loadfile
+
+lint: $(DEVELOP)
+	@$(BIN)/ruff check .
+
+types: $(DEVELOP)
+	@$(BIN)/mypy
+
+$(RUNTIME): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@echo "Installing into $(VENV): a few minutes, once"
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
+	@$(PIP) install -qq --upgrade --constraint constraints.txt pip
+	@$(PIP) install -qq --constraint constraints.txt --editable .
+	@touch $@
+
+# `--group` needs the pip of constraints.txt, not the one that Python came with.
+$(DEVELOP): $(RUNTIME)
+	@$(PIP) install -qq --constraint constraints.txt --editable . --group dev
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

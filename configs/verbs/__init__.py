@@ -1,0 +1,1 @@
+"""Settings of every verb but simulate, and what all verbs share."""

@@ -1,0 +1,276 @@
+"""The command `sottovoce`: every verb is a Hydra application, every failure one line.
+
+Nothing heavy is imported before a verb runs, so that help is instant.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, NoReturn
+
+from sottovoce.client.errors import ConfigError
+
+if TYPE_CHECKING:
+    import argparse
+
+    from omegaconf import DictConfig
+
+HELP = """\
+sottovoce: federated learning of language models with differential privacy.
+
+  sottovoce simulate   train over virtual devices            -> runs/<date>/<time>/
+  sottovoce account    the epsilon of a run, or of a plan
+  sottovoce audit      attack a run's model; its leakage beside its epsilon
+  sottovoce report     one page with plots of a run
+
+Try:
+
+  sottovoce simulate
+      a million devices, sampled by activity, private at both levels
+  sottovoce simulate population.devices=5000 cohort_size=100 rounds=10 privacy=none
+      a small one without privacy, for comparison
+  sottovoce account noise_multiplier=1 sampling_rate=0.01 steps=1000 delta=1e-5
+      what a plan costs, without running it
+
+Settings are key=value. `sottovoce simulate --help` lists them; -m runs a sweep (rounds=10,20).
+"""
+
+# Set before flwr, ray or torch is imported; what the user has set stays.
+ENVIRONMENT = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "OMP_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "passive",
+}
+FULL_ERROR = "HYDRA_FULL_ERROR"
+INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `sottovoce` with `arguments` (default: the command line's); its exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(HELP, end="")
+        return 0
+    if words[0] == "--version":
+        print(f"sottovoce {version('sottovoce')}")
+        return 0
+    return _reported(words[0], words[1:])
+
+
+def _reported(verb: str, words: list[str]) -> int:
+    """Exit code of the verb; what goes wrong becomes one line, or a traceback if asked for."""
+    wants_traceback = os.environ.get(FULL_ERROR) == "1"
+    try:
+        return _run(verb, words)
+    except KeyboardInterrupt:
+        print("sottovoce: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:
+        if wants_traceback:
+            raise
+        from sottovoce.server.complaint import complaint
+
+        print(f"sottovoce: {complaint(error, lambda: _settings(verb, words))}", file=sys.stderr)
+        return 1
+
+
+# -- the verbs -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Verb:
+    """`run`: does the work of one composed config and returns the exit code.
+
+    `configs`: the package with its YAML. The groups are simulate's alone, or Hydra would take
+    `run=RUN` of the other verbs for a choice from the group `run`.
+    """
+
+    run: Callable[[DictConfig], int]
+    configs: str = "sottovoce.configs.verbs"
+    writes_runs: bool = False
+
+
+def _simulate(cfg: DictConfig) -> int:
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    from sottovoce.server import placement
+    from sottovoce.server.limits import validate
+
+    hydra = HydraConfig.get()
+    sweeps = hydra.mode == RunMode.MULTIRUN
+    if cfg.resume is not None:
+        cfg, folder = placement.resumed(cfg, hydra.overrides.task)
+    validate(cfg)
+    if sweeps:
+        folder = Path(hydra.runtime.output_dir)
+        print(f"sweep {hydra.job.num}: {hydra.job.override_dirname}", file=sys.stderr)
+    elif cfg.resume is None:
+        folder = placement.new_folder(cfg.run.dir)
+    try:
+        from sottovoce.server.simulate import simulate
+
+        code: int = simulate(cfg, folder)
+    finally:
+        if cfg.run.dir is None:
+            placement.discard_empty(folder)
+    if sweeps and code == INTERRUPTED:
+        raise KeyboardInterrupt  # the sweep ends with the run
+    return code
+
+
+def _account(cfg: DictConfig) -> int:
+    from sottovoce.server.account import run_account
+
+    return run_account(cfg)
+
+
+def _audit(cfg: DictConfig) -> int:
+    from sottovoce.privacy.audit.run import run_audit
+
+    return run_audit(cfg)
+
+
+def _report(cfg: DictConfig) -> int:
+    from sottovoce.server.report import write_report
+
+    if cfg.run is None:
+        raise ConfigError("run is missing: give the run's folder, run=runs/<date>/<time>")
+    print(write_report(Path(cfg.run).expanduser()))
+    return 0
+
+
+VERBS = {
+    "simulate": Verb(_simulate, configs="sottovoce.configs", writes_runs=True),
+    "account": Verb(_account),
+    "audit": Verb(_audit),
+    "report": Verb(_report),
+}
+
+
+# -- Hydra -----------------------------------------------------------------------------------------
+
+
+def _run(name: str, words: list[str]) -> int:
+    """Compose the config of the verb `name` and run it, once or over a sweep."""
+    if name not in VERBS:
+        from sottovoce.server.complaint import similar
+
+        raise ConfigError(
+            f"{name} is no verb{similar(name, VERBS)}: choose {', '.join(VERBS)}; "
+            "`sottovoce --help` shows examples"
+        )
+    import hydra
+
+    from sottovoce.server.config import register
+
+    verb, flags = VERBS[name], _flags(words)
+    codes, failures = [0], list[Exception]()
+
+    def task(cfg: DictConfig) -> None:
+        try:
+            codes.append(verb.run(cfg))
+        except Exception as error:  # through Hydra it would print lines of its own
+            failures.append(error)
+
+    register(name)
+    application = hydra.main(
+        config_path=f"pkg://{verb.configs}", config_name=name, version_base="1.3"
+    )(task)
+    with _sweep_folder(verb, flags) as sweep, _command_line(name, [*words, *sweep]):
+        try:
+            application()
+        except SystemExit as stop:  # --help
+            return int(stop.code or 0)
+    for failure in failures:
+        raise failure
+    return max(codes)
+
+
+def _flags(words: list[str]) -> argparse.Namespace:
+    """The parsed command line of a verb; ConfigError where it is not one."""
+    from hydra._internal.utils import get_args_parser
+
+    parser = get_args_parser()
+
+    def refuse(message: str) -> NoReturn:
+        raise ConfigError(f"{message}: settings are key=value, as in rounds=5; see --help")
+
+    parser.error = refuse  # type: ignore[method-assign]
+    flags = parser.parse_args(words)
+    for setting in flags.overrides:
+        if setting.startswith(("+", "~")):
+            raise ConfigError(
+                f"{setting}: settings can be set, as in rounds=5, not added or removed"
+            )
+        if flags.multirun and setting.startswith("resume="):
+            raise ConfigError(f"{setting} cannot be part of a sweep: resume one run at a time")
+        if flags.multirun and setting.startswith("run.dir="):
+            raise ConfigError(f"{setting} would be shared by a sweep: give hydra.sweep.dir instead")
+    return flags
+
+
+@contextmanager
+def _sweep_folder(verb: Verb, flags: argparse.Namespace) -> Iterator[list[str]]:
+    """The override that gives a sweep its folder: a new one, or none that stays."""
+    chosen = any(setting.startswith("hydra.sweep.dir=") for setting in flags.overrides)
+    if not flags.multirun or chosen:
+        yield []
+    elif verb.writes_runs:
+        from sottovoce.server.placement import dated_folder, discard_empty
+
+        folder = dated_folder(Path("multirun"))
+        try:
+            yield [f"hydra.sweep.dir={folder}"]
+        finally:
+            discard_empty(folder)
+    else:
+        with TemporaryDirectory() as scratch:
+            yield [f'hydra.sweep.dir="{scratch}"']
+
+
+@contextmanager
+def _command_line(verb: str, words: list[str]) -> Iterator[None]:
+    """Hydra reads the command line itself; its errors reach us only with its tracebacks on."""
+    before, setting = sys.argv, os.environ.get(FULL_ERROR)
+    sys.argv = [f"sottovoce {verb}", *words]
+    os.environ[FULL_ERROR] = "1"
+    try:
+        yield
+    finally:
+        sys.argv = before
+        if setting is None:
+            del os.environ[FULL_ERROR]
+        else:
+            os.environ[FULL_ERROR] = setting
+
+
+def _settings(verb: str, words: list[str]) -> list[str]:
+    """Every setting of a verb under the groups chosen in `words`, to find what was meant."""
+    from hydra import compose, initialize_config_module
+
+    from sottovoce.server.complaint import flat_keys
+
+    with initialize_config_module(VERBS[verb].configs, version_base="1.3"):
+        plain = compose(verb)
+        groups = [word for word in words if word.partition("=")[0] in plain]
+        try:
+            return list(flat_keys(compose(verb, groups)))
+        except Exception:  # the groups are what is wrong
+            return list(flat_keys(plain))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
