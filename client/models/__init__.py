@@ -1,0 +1,57 @@
+"""Models, small enough for a device. A new one is a class and a line in `MODELS`."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import torch
+
+from sottovoce.client.errors import ConfigError
+from sottovoce.client.models.base import Shape, TextModel
+from sottovoce.client.models.bilstm import BiLSTM
+from sottovoce.client.models.causal_transformer import CausalTransformer
+from sottovoce.client.models.initialise import initialise
+from sottovoce.client.models.lstm import LSTM
+from sottovoce.client.models.transformer import Transformer
+from sottovoce.client.tasks import TASKS, Task
+
+__all__ = ["MODELS", "Shape", "TextModel", "initialise", "make_model"]
+
+MODELS: dict[str, type[TextModel]] = {
+    model.name: model for model in (BiLSTM, Transformer, LSTM, CausalTransformer)
+}
+
+
+def make_model(name: str, task: Task, *, generator: torch.Generator, **sizes: Any) -> TextModel:
+    """The model called `name`, with the logits that `task` wants, its weights from `generator`.
+
+    A size that is None takes the model's default. Raises ConfigError when there is no such model,
+    it does not fit the task, or it has no such size.
+    """
+    model_class = _fitting(name, task)
+    given = {size: value for size, value in sizes.items() if value is not None}
+    known = {field.name for field in fields(model_class.sizes)}
+    for size in given.keys() - known:
+        raise ConfigError(
+            f"model={name} has no model.{size}={given[size]}: it takes {', '.join(sorted(known))}"
+        )
+    shape = Shape(task.vocabulary.size, task.max_length, task.outputs)
+    with torch.device("meta"):  # torch's own first weights would come from the global generator
+        model = model_class(shape, model_class.sizes(**given))
+    model.to_empty(device="cpu")
+    initialise(model, generator=generator)
+    return model
+
+
+def _fitting(name: str, task: Task) -> type[TextModel]:
+    if name not in MODELS:
+        raise ConfigError(f"model={name} does not exist: choose one of {', '.join(MODELS)}")
+    model = MODELS[name]
+    if model.causal != task.causal:
+        tasks = [other for other, kind in TASKS.items() if kind.causal == model.causal]
+        models = [other for other, kind in MODELS.items() if kind.causal == task.causal]
+        raise ConfigError(
+            f"model={name} is for {' or '.join(tasks)}; for {task.name} use {' or '.join(models)}"
+        )
+    return model
