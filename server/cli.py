@@ -138,9 +138,13 @@ def _account(cfg: DictConfig) -> int:
 
 
 def _audit(cfg: DictConfig) -> int:
-    from sottovoce.privacy.audit.run import run_audit
+    from omegaconf import OmegaConf
 
-    return run_audit(cfg)
+    from sottovoce.privacy.audit.run import AuditConfig, run_audit
+
+    settings = OmegaConf.to_object(cfg)
+    assert isinstance(settings, AuditConfig)
+    return run_audit(settings)
 
 
 def _report(cfg: DictConfig) -> int:

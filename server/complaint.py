@@ -34,7 +34,7 @@ def complaint(error: Exception, keys: Callable[[], Sequence[str]]) -> str:
 def flat_keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
     """Every dotted key of a config, groups included."""
     for key in node:
-        path = f"{prefix}{key}"
+        path = prefix + str(key)
         yield path
         child = node._get_node(key)
         if isinstance(child, DictConfig) and not child._is_none() and not child._is_missing():

@@ -2,7 +2,7 @@
 
 `register` puts the dataclasses into Hydra's ConfigStore as `base_<name>`; the YAML files build on
 them, so that a key that does not exist or a value of the wrong type is refused while composing.
-`validate` refuses what only the values can show.
+`validate` (of `sottovoce.server.limits`) refuses what only the values can show.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
+
+from sottovoce.server.limits import validate as validate
 
 
 @dataclass

@@ -30,3 +30,11 @@ def activity_levels(activity: NDArray[np.integer]) -> NDArray[np.uint8]:
 def level_size(level: int) -> int:
     """Smallest number of examples of a device at `level`."""
     return 1 << level
+
+
+def representative_size(level: int) -> float:
+    """Public stand-in for the number of examples of a device at `level`: the middle of its range.
+
+    1, 2.5, 5.5, 11.5, ... for levels 0, 1, 2, 3, ...
+    """
+    return (level_size(level) + level_size(level + 1) - 1) / 2

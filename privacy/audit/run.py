@@ -137,7 +137,7 @@ def check_config(cfg: AuditConfig) -> Path:
         raise ConfigError(f"confidence={cfg.confidence} must be between 0 and 1: 0.95 is usual")
     if cfg.seed < 0:
         raise ConfigError(f"seed={cfg.seed} must be 0 or more")
-    folder = Path(cfg.run)
+    folder = Path(cfg.run).expanduser()
     if not (folder / "config.yaml").is_file():
         raise RunError(f"{folder} is not a run folder (no config.yaml): give one that "
                        "`sottovoce simulate` wrote")

@@ -1,0 +1,100 @@
+"""What travels between coordinator and fleet, as Flower records.
+
+Down: the global parameters, the sampled device ids, the round. Up: one sum of clipped updates and
+totals for the whole fleet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sottovoce.client.errors import RunError
+from sottovoce.client.fleet import FleetReply
+
+
+def train_content(
+    parameters: ArrayRecord, devices: NDArray[np.int64], server_round: int, settings: str
+) -> RecordDict:
+    """The coordinator's request of one fleet. `settings`: the run's, as YAML."""
+    return RecordDict(
+        {
+            "parameters": parameters,
+            "cohort": ArrayRecord({"devices": Array(devices)}),
+            "config": ConfigRecord({"round": server_round, "settings": settings}),
+        }
+    )
+
+
+def read_train_content(
+    content: RecordDict,
+) -> tuple[dict[str, Tensor], NDArray[np.int64], int, str]:
+    """Parameters, device ids, round and settings of a request."""
+    config = content.config_records["config"]
+    devices = content.array_records["cohort"]["devices"].numpy()
+    return (
+        to_tensors(content.array_records["parameters"]),
+        devices.astype(np.int64),
+        int(config["round"]),  # type: ignore[arg-type]
+        str(config["settings"]),
+    )
+
+
+def reply_content(reply: FleetReply) -> RecordDict:
+    """A fleet's answer."""
+    levels = sorted(reply.devices_by_level)
+    metrics: dict[str, int | float | list[int]] = {
+        "dropped": reply.dropped,
+        "levels": levels,
+        "devices": [reply.devices_by_level[level] for level in levels],
+    }
+    metrics |= {f"total.{name}": float(value) for name, value in reply.totals.items()}
+    return RecordDict({"sums": to_record(reply.sums), "metrics": MetricRecord(metrics)})  # type: ignore[arg-type]
+
+
+def read_reply(content: RecordDict, expected: Mapping[str, Tensor]) -> FleetReply:
+    """A fleet's answer, checked against the parameters it was sent.
+
+    Raises RunError naming the first key, shape, dtype or value that is wrong.
+    """
+    sums = to_tensors(content.array_records["sums"])
+    if set(sums) != set(expected):
+        odd = sorted(set(sums) ^ set(expected))[0]
+        raise RunError(f"a fleet's sum has missing or unknown key {odd!r}")
+    for name, tensor in sums.items():
+        if tensor.shape != expected[name].shape or tensor.dtype != torch.float32:
+            raise RunError(
+                f"a fleet's sum for {name!r} is {tensor.dtype} {tuple(tensor.shape)}, expected "
+                f"float32 {tuple(expected[name].shape)}"
+            )
+        if not bool(torch.isfinite(tensor).all()):
+            raise RunError(f"a fleet's sum for {name!r} is not finite")
+    metrics = content.metric_records["metrics"]
+    pairs = zip(metrics["levels"], metrics["devices"], strict=True)  # type: ignore[arg-type]
+    totals = {
+        name.removeprefix("total."): float(value)  # type: ignore[arg-type]
+        for name, value in metrics.items()
+        if name.startswith("total.")
+    }
+    ordered = {name: sums[name] for name in expected}
+    return FleetReply(
+        ordered,
+        {int(level): int(count) for level, count in pairs},
+        int(metrics["dropped"]),  # type: ignore[arg-type]
+        totals,
+    )
+
+
+def to_record(tensors: Mapping[str, Tensor]) -> ArrayRecord:
+    """Tensors as a Flower record."""
+    return ArrayRecord({name: Array(tensor.detach().cpu().numpy()) for name, tensor in tensors.items()})
+
+
+def to_tensors(record: ArrayRecord) -> dict[str, Tensor]:
+    """A Flower record as tensors."""
+    return {name: torch.from_numpy(array.numpy()) for name, array in record.items()}

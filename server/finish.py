@@ -1,0 +1,130 @@
+"""What a run leaves behind when it ends: the model, what describes it, the summary, the report."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save
+
+from sottovoce.privacy.accountants import by_level, epsilon
+from sottovoce.server.budget import OBSERVER
+from sottovoce.server.checkpoints import RunState, write_atomic
+from sottovoce.server.report import write_report
+from sottovoce.server.report_tables import environment
+from sottovoce.server.run_record import read_metrics
+from sottovoce.server.setup import Setup
+from sottovoce.simulations.experiment import Experiment
+
+NOT_METRICS = {"round", "devices", "dropped", "examples", "seconds", "devices_by_level"}
+
+
+def write_results(
+    folder: Path,
+    experiment: Experiment,
+    setup: Setup,
+    state: RunState,
+    status: str,
+    *,
+    seconds: float,
+    peak_memory_mb: float,
+) -> dict[str, Any]:
+    """Write ledger, model, summary and report; the summary."""
+    state.ledger.save(folder / "ledger.json")
+    tensors = {name: tensor.contiguous() for name, tensor in state.parameters.items()}
+    write_atomic(folder / "model.safetensors", save(tensors))
+    _write_json(folder / "model.json", model_card(experiment, state))
+    records = read_metrics(folder / "metrics.jsonl")
+    before = sum(record.get("seconds") or 0.0 for record in records)
+    summary = {
+        "status": status,
+        "rounds": state.round,
+        "headline": experiment.task.headline,
+        "metrics": last_evaluation(records, experiment.task.headline),
+        "epsilon": claims(setup, state),
+        "levels": [
+            {"level": level, "devices": setup.sampler.devices_by_level.get(level), "sampling_rate": rate}
+            for level, rate in sorted(setup.sampler.rates.items())
+        ],
+        "population": experiment.population.describe(),
+        "vocabulary": {
+            "source": experiment.vocabulary.source,
+            "description": experiment.vocabulary.description,
+        },
+        "task": experiment.task.name,
+        "model": experiment.config.model.name,
+        "parameters": sum(tensor.numel() for tensor in state.parameters.values()),
+        "seconds": max(seconds, before),
+        "peak_memory_mb": peak_memory_mb,
+        "noise": noise_of(experiment),
+        "warnings": setup.warnings,
+        "environment": environment(),
+    }
+    _write_json(folder / "summary.json", summary)
+    if experiment.config.run.report:
+        write_report(folder)
+    return summary
+
+
+def claims(setup: Setup, state: RunState) -> dict[str, Any]:
+    """Epsilon of each protected unit by the reference accountant, in all and by level."""
+    found = {}
+    for unit, delta in setup.budget.deltas.items():
+        observer = OBSERVER[unit]
+        found[unit] = {
+            "epsilon": epsilon(state.ledger, delta, unit=unit, observer=observer),
+            "delta": delta,
+            "observer": observer,
+            "by_level": by_level(state.ledger, delta, unit=unit, observer=observer),
+        }
+    return found
+
+
+def last_evaluation(records: list[dict[str, Any]], headline: str) -> dict[str, float]:
+    """The metrics of the last round that was evaluated."""
+    evaluated = [record for record in records if headline in record]
+    if not evaluated:
+        return {}
+    return {
+        name: value
+        for name, value in evaluated[-1].items()
+        if name not in NOT_METRICS and isinstance(value, int | float)
+    }
+
+
+def model_card(experiment: Experiment, state: RunState) -> dict[str, Any]:
+    """What is needed to use the weights again: task, sizes, vocabulary and label sets."""
+    schema = experiment.population.schema
+    return {
+        "task": experiment.task.name,
+        "max_length": experiment.task.max_length,
+        "model": {key: value for key, value in experiment.config.model.items()},
+        "vocabulary": experiment.vocabulary.to_json(),
+        "intents": list(schema.intents),
+        "slots": list(schema.slots),
+        "rounds": state.round,
+    }
+
+
+def noise_of(experiment: Experiment) -> str:
+    """How the run's randomness came about."""
+    if experiment.config.seed is None:
+        return "os entropy"
+    return "reproducible noise: simulation only"
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    write_atomic(path, (json.dumps(_finite(values), indent=1) + "\n").encode())
+
+
+def _finite(value: Any) -> Any:
+    """The value with infinite numbers spelled out: JSON has none."""
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "inf" if value > 0 else str(value)
+    return value

@@ -1,0 +1,76 @@
+"""A finished run, loaded back from its folder for those who examine it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.torch import load_file
+from torch import nn
+
+from sottovoce.client.errors import RunError
+from sottovoce.client.tasks import Task
+from sottovoce.privacy.ledger import Ledger
+from sottovoce.server.checkpoints import load_checkpoint, load_latest
+from sottovoce.server.evaluation import load_parameters
+from sottovoce.simulations.experiment import build_experiment
+from sottovoce.simulations.population import Population
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """What a run trained on and what came of it.
+
+    `initial_model`: the model before round 1, None where its checkpoint is gone. `participants`:
+    ids of the devices that took part at least once, None where that is not known.
+    """
+
+    population: Population
+    task: Task
+    model: nn.Module
+    initial_model: nn.Module | None
+    ledger: Ledger
+    summary: dict[str, Any]
+    participants: NDArray[np.int64] | None
+
+
+def load_run(folder: Path) -> FinishedRun:
+    """The run in `folder`; RunError where it is not one or has not finished."""
+    for name in ("config.yaml", "model.safetensors", "ledger.json", "summary.json"):
+        if not (folder / name).is_file():
+            raise RunError(
+                f"{folder} is not a finished run (no {name}): give a folder that "
+                "`sottovoce simulate` finished"
+            )
+    experiment = build_experiment((folder / "config.yaml").read_text(encoding="utf-8"))
+    model = load_parameters(experiment.initial_model(), load_file(folder / "model.safetensors"))
+    return FinishedRun(
+        population=experiment.population,
+        task=experiment.task,
+        model=model,
+        initial_model=_initial_model(folder, experiment.initial_model()),
+        ledger=Ledger.load(folder / "ledger.json"),
+        summary=json.loads((folder / "summary.json").read_text(encoding="utf-8")),
+        participants=_participants(folder),
+    )
+
+
+def _initial_model(folder: Path, model: nn.Module) -> nn.Module | None:
+    try:
+        state = load_checkpoint(folder / "checkpoints" / "round-000000")
+    except RunError:
+        return None
+    return load_parameters(model, state.parameters)
+
+
+def _participants(folder: Path) -> NDArray[np.int64] | None:
+    try:
+        state, _ = load_latest(folder / "checkpoints")
+    except RunError:
+        return None
+    found = state.participation.get("devices")
+    return None if found is None else found.numpy().astype(np.int64)

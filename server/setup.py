@@ -1,0 +1,174 @@
+"""From settings to a strategy with its guarantee: sampler, noise, budget, and what to warn of."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from omegaconf import DictConfig, OmegaConf
+
+from sottovoce.client.errors import ConfigError
+from sottovoce.client.fleet import LocalTraining
+from sottovoce.privacy.calibration import calibrate_noise
+from sottovoce.privacy.events import GaussianEvent, NonPrivateRelease
+from sottovoce.privacy.ledger import Ledger
+from sottovoce.privacy.mechanisms import DeviceMechanism, variance_bound
+from sottovoce.privacy.noise import NoiseSource
+from sottovoce.server.budget import RunBudget
+from sottovoce.server.checkpoints import RunState
+from sottovoce.simulations.experiment import Experiment
+from sottovoce.strategies.levels import MAX_LEVEL
+from sottovoce.strategies.noised_sum import NoisedSum
+from sottovoce.strategies.optimizers import make_server_optimizer
+from sottovoce.strategies.participation import Participation
+from sottovoce.strategies.samplers import Sampler, make_sampler
+
+OVERFLOW = 1e-18  # most that a round adds to delta when devices' own noise passes its bound
+
+
+@dataclass
+class Setup:
+    """The parts of a run that settings decide. `warnings`: lines for people and report."""
+
+    strategy: NoisedSum
+    budget: RunBudget
+    sampler: Sampler
+    warnings: list[str] = field(default_factory=list)
+
+
+def make_setup(
+    experiment: Experiment, source: NoiseSource, state: RunState | None, settings: str
+) -> Setup:
+    """Everything between the experiment and its first (or next) round.
+
+    `state`: of the run to continue; its ledger goes on. Raises ConfigError for impossible privacy.
+    """
+    config, population = experiment.config, experiment.population
+    sampler = make_sampler(
+        config.strategy, population, config.cohort_size, source=source,
+        private=config.privacy.device.enabled,
+    )
+    deltas = public_deltas(config, len(population))
+    ledger = state.ledger if state and state.round else new_ledger(config, sampler, deltas)
+    mechanism = device_mechanism(experiment, sampler, deltas)
+    participation = Participation(config.privacy.example.max_participations)
+    optimizer = make_server_optimizer(
+        config.strategy.name,
+        learning_rate=config.strategy.server_learning_rate,
+        beta1=config.strategy.get("beta1", 0.0),
+        beta2=config.strategy.get("beta2", 0.0),
+        tau=config.strategy.get("tau", 0.0),
+    )
+    if state is not None and state.round:
+        optimizer.load(state.optimizer)
+        participation.load(state.participation)
+    strategy = NoisedSum(
+        sampler=sampler, activity=population.activity, optimizer=optimizer, mechanism=mechanism,
+        training=experiment.training, ledger=ledger, participation=participation, source=source,
+        settings=settings,
+    )
+    limits = {
+        unit: config.privacy[unit].max_epsilon for unit in deltas if config.privacy[unit].enabled
+    }
+    return Setup(strategy, RunBudget(ledger, deltas, limits), sampler, warnings(experiment, deltas))
+
+
+def public_deltas(config: DictConfig, devices: int) -> dict[str, float]:
+    """Delta of each protected unit: as set, else 1 / (10 devices), and at most 1e-5."""
+    default = min(1e-5, 0.1 / devices)
+    return {
+        unit: config.privacy[unit].delta or default
+        for unit in ("device", "example")
+        if config.privacy[unit].enabled
+    }
+
+
+def new_ledger(config: DictConfig, sampler: Sampler, deltas: dict[str, float]) -> Ledger:
+    """The ledger before round 1: what was spent on sampling, and what no noise protects."""
+    ledger = Ledger(levels=sampler.devices_by_level, deltas=deltas, claims=dict(sampler.describe()))
+    for event in sampler.events:
+        ledger.append(event)
+    if config.privacy.device.enabled:
+        ledger.append(NonPrivateRelease(
+            purpose="each round's sum before central noise", unit="device", observer="server"))
+    if config.task.vocabulary.source == "training_text":
+        for unit in deltas:
+            ledger.append(NonPrivateRelease(
+                purpose="vocabulary read from the training text", unit=unit, observer="release"))
+    return ledger
+
+
+def device_mechanism(
+    experiment: Experiment, sampler: Sampler, deltas: dict[str, float]
+) -> DeviceMechanism | None:
+    """The central mechanism, its noise found for the target epsilon if one is set."""
+    privacy, rounds = experiment.config.privacy.device, experiment.config.rounds
+    if not privacy.enabled:
+        return None
+    noise = privacy.noise_multiplier
+    if noise is None:
+        if privacy.epsilon is None:
+            raise ConfigError("privacy.device needs noise_multiplier or epsilon: set one of them")
+        fixed = sampler.sampling == "fixed_size"
+        noise = calibrate_noise(
+            privacy.epsilon,
+            deltas["device"],
+            by_level=[(level, rate, rounds) for level, rate in sorted(sampler.rates.items())],
+            sampling=sampler.sampling,
+            relation="replace_one" if fixed else "add_remove",
+            spent=[event for event in sampler.events if isinstance(event, GaussianEvent)],
+        )
+    return DeviceMechanism(
+        privacy.clip_norm, noise, local_noise_bound(experiment.training, sampler)
+    )
+
+
+def local_noise_bound(training: LocalTraining, sampler: Sampler) -> float:
+    """Public bound on the variance that devices' own noise brings into one round's sum.
+
+    It holds but for a probability of `OVERFLOW` a round, which delta has room for. Where only the
+    total is public, every device counts as the noisiest.
+    """
+    variances = {level: training.noise_variance(level) for level in range(MAX_LEVEL + 1)}
+    largest = max(variances.values())
+    if largest == 0:
+        return 0.0
+    if sampler.sampling == "fixed_size":
+        return math.ceil(sampler.expected_cohort_size) * largest
+    return variance_bound(
+        [
+            (count, sampler.rates.get(level, 0.0), variances[level])
+            for level, count in sampler.most_devices_by_level.items()
+        ],
+        OVERFLOW,
+        largest,
+    )
+
+
+def warnings(experiment: Experiment, deltas: dict[str, float]) -> list[str]:
+    """What a reader of the run must know, a line each."""
+    devices = len(experiment.population)
+    lines = []
+    if deltas.get("device", 0.0) >= 1 / devices:
+        lines.append(
+            f"delta={deltas['device']:g} is not below 1/devices={1 / devices:g}: it would allow "
+            "publishing some device's data outright; set privacy.device.delta lower"
+        )
+    if not experiment.vocabulary.is_public:
+        lines.append(
+            "the vocabulary was read from the training text: that is a release which no epsilon "
+            "covers; use task.vocabulary.source=hash or file"
+        )
+    if experiment.config.seed is not None and deltas:
+        lines.append(
+            f"seed={experiment.config.seed} makes the noise reproducible: simulation only, "
+            "never release a model trained so"
+        )
+    return lines
+
+
+def settings_text(config: DictConfig) -> str:
+    """Resolved settings as YAML: what `config.yaml` holds and fleets are sent."""
+    return OmegaConf.to_yaml(config, resolve=True)
+
+

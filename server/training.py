@@ -1,0 +1,120 @@
+"""A run from its folder's settings to its finished folder, on any grid."""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flwr.serverapp import Grid
+from rich.console import Console
+
+from sottovoce.client.errors import RunError
+from sottovoce.privacy.noise import NoiseSource
+from sottovoce.server.callbacks import Bar, Checkpoints, LedgerFile, MetricsFile
+from sottovoce.server.checkpoints import RunState, load_latest, save_checkpoint
+from sottovoce.server.coordinator import Coordinator, Plan
+from sottovoce.server.evaluation import Evaluator
+from sottovoce.server.finish import write_results
+from sottovoce.server.progress import Progress
+from sottovoce.server.setup import Setup, make_setup
+from sottovoce.simulations.experiment import Experiment, build_experiment
+
+HELD_OUT_EXAMPLES = 5000
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended. `status`: finished, budget_spent or interrupted."""
+
+    status: str
+    reason: str | None
+    summary: dict[str, Any]
+
+
+def start_run(grid: Grid, folder: Path) -> Outcome:
+    """Round 1 to the end of the run whose settings are in `folder`/config.yaml."""
+    text = (folder / "config.yaml").read_text(encoding="utf-8")
+    experiment = build_experiment(text)
+    seed = experiment.config.seed
+    source = NoiseSource.from_system() if seed is None else NoiseSource.from_seed(seed)
+    setup = make_setup(experiment, source, None, text)
+    source.save(folder / "checkpoints")
+    parameters = {
+        name: p.detach().clone()
+        for name, p in experiment.initial_model().named_parameters()
+        if p.requires_grad
+    }
+    state = RunState(0, parameters, ledger=setup.strategy.ledger)
+    save_checkpoint(folder / "checkpoints", state, experiment.config.run.keep_checkpoints)
+    return _run(grid, folder, experiment, setup, state)
+
+
+def continue_run(grid: Grid, folder: Path) -> Outcome:
+    """The rest of a stopped run: the same result as if it had never stopped."""
+    text = (folder / "config.yaml").read_text(encoding="utf-8")
+    state, complaints = load_latest(folder / "checkpoints")
+    experiment = build_experiment(text)
+    if (folder / "model.safetensors").exists() and state.round >= experiment.config.rounds:
+        raise RunError(f"{folder} has finished all {state.round} rounds: nothing to resume")
+    source = NoiseSource.load(folder / "checkpoints")
+    setup = make_setup(experiment, source, state, text)
+    setup.warnings += complaints
+    for line in complaints:
+        Console(stderr=True).print(line, markup=False, highlight=False, soft_wrap=True)
+    MetricsFile(folder).keep_until(state.round if state.round else -1)
+    return _run(grid, folder, experiment, setup, state)
+
+
+def _run(
+    grid: Grid, folder: Path, experiment: Experiment, setup: Setup, state: RunState
+) -> Outcome:
+    config = experiment.config
+    began = time.perf_counter()
+    model = experiment.initial_model()
+    evaluator = Evaluator(
+        experiment.population, experiment.task, model,
+        devices=config.run.evaluation_devices, examples=HELD_OUT_EXAMPLES,
+    )
+    progress = Progress(config.rounds, state.round, experiment.task.headline, config.run.progress)
+    keeper = Checkpoints(
+        folder / "checkpoints", config.run.checkpoint_every, config.run.keep_checkpoints
+    )
+    coordinator = Coordinator(
+        setup.strategy,
+        evaluator,
+        setup.budget,
+        Plan(config.rounds, config.run.evaluate_every),
+        [LedgerFile(folder), MetricsFile(folder), keeper, Bar(progress)],
+    )
+    status, reason = "finished", None
+    with progress:
+        for line in setup.warnings:
+            Console(stderr=True).print(
+                f"warning: {line}", style="red", markup=False, highlight=False, soft_wrap=True
+            )
+        try:
+            state, reason = coordinator.run(grid, state)
+            status = "finished" if reason is None else "budget_spent"
+        except KeyboardInterrupt:
+            status = "interrupted"
+    if status == "interrupted":
+        state, _ = load_latest(folder / "checkpoints")
+    elif reason is not None:
+        save_checkpoint(folder / "checkpoints", state, config.run.keep_checkpoints)
+    summary = write_results(
+        folder, experiment, setup, state, status,
+        seconds=time.perf_counter() - began, peak_memory_mb=peak_memory_mb(),
+    )
+    if status != "interrupted":
+        NoiseSource.forget(folder / "checkpoints")
+    return Outcome(status, reason, summary)
+
+
+def peak_memory_mb() -> float:
+    """Largest resident memory of this process so far, in MB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return math.ceil(peak / 1024)

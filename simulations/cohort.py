@@ -1,0 +1,149 @@
+"""From sampled devices to the tensors that a group of them trains on.
+
+One call gathers the drawn examples of many devices at once; groups of K are then cut from it, each
+with its own padding and its own cut-down embedding table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sottovoce.client.batches import BatchPlan, draw_batches
+from sottovoce.client.tasks import Batch, Task
+from sottovoce.client.training import GroupData
+from sottovoce.privacy.noise import NoiseSource
+from sottovoce.simulations.population import Population
+from sottovoce.strategies.levels import activity_levels
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One device's local round: its level and the example numbers of each of its steps."""
+
+    device: int
+    level: int
+    steps: list[NDArray[np.int64]]
+
+    @property
+    def rows(self) -> int:
+        return sum(len(step) for step in self.steps)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Collated examples of several devices; device k owns rows `starts[k]:starts[k + 1]`."""
+
+    draws: list[Draw]
+    numbers: list[NDArray[np.int64]]
+    batch: Batch
+    starts: NDArray[np.int64]
+
+
+def draw_cohort(
+    population: Population,
+    devices: NDArray[np.int64],
+    plan: BatchPlan,
+    server_round: int,
+    source: NoiseSource,
+) -> list[Draw]:
+    """Every device's batches of a round, most work first, so that groups are even.
+
+    A device's batches depend on (source, round, device) only, not on its company.
+    """
+    activity = population.activity[devices]
+    levels = activity_levels(activity)
+    draws = []
+    for device, level, count in zip(
+        devices.tolist(), levels.tolist(), activity.tolist(), strict=True
+    ):
+        generator = source.generator("local batches", server_round, device)
+        draws.append(Draw(device, level, draw_batches(plan, level, count, generator)))
+    draws.sort(key=lambda draw: (-len(draw.steps), -draw.rows, draw.device))
+    return draws
+
+
+def chunks(population: Population, task: Task, draws: list[Draw], size: int) -> Iterator[Chunk]:
+    """The draws in chunks of `size` devices, with their examples gathered and collated."""
+    for start in range(0, len(draws), size):
+        part = draws[start : start + size]
+        numbers = [np.unique(np.concatenate(draw.steps)) for draw in part]
+        ids = np.array([draw.device for draw in part], dtype=np.int64)
+        examples = population.examples(ids, numbers)
+        yield Chunk(part, numbers, with_null_row(task.collate(examples)), examples.device_offsets)
+
+
+def with_null_row(batch: Batch) -> Batch:
+    """The batch with one more row of zeros: nobody's, always given weight 0."""
+    return {
+        name: torch.cat([tensor, tensor.new_zeros((1, *tensor.shape[1:]))])
+        for name, tensor in batch.items()
+    }
+
+
+def cut_group(
+    chunk: Chunk, first: int, devices: int, table_input: str | None, vocabulary: int
+) -> GroupData:
+    """The data of devices `first:first + devices` of a chunk; short groups are padded."""
+    draws = chunk.draws[first : first + devices]
+    low, high = int(chunk.starts[first]), int(chunk.starts[first + len(draws)])
+    batch = _trimmed({n: torch.cat([t[low:high], t[-1:]]) for n, t in chunk.batch.items()})
+    null = high - low
+    steps = np.zeros(devices, dtype=np.int64)
+    steps[: len(draws)] = [len(draw.steps) for draw in draws]
+    rows = [
+        _step_rows(chunk, first, step, devices, null) for step in range(int(steps.max(initial=0)))
+    ]
+    touched, counts = np.zeros((devices, 1), dtype=np.int64), np.ones(devices, dtype=np.int64)
+    if table_input is not None:
+        owners = np.repeat(
+            np.arange(len(draws)), np.diff(chunk.starts[first : first + len(draws) + 1])
+        )
+        batch[table_input], touched, counts = _cut_table(
+            batch[table_input], owners, devices, vocabulary
+        )
+    return GroupData(batch, rows, touched, counts, steps)
+
+
+def _step_rows(chunk: Chunk, first: int, step: int, devices: int, null: int) -> NDArray[np.int64]:
+    """(K, B) rows of one step, B the largest batch among the devices."""
+    found = []
+    for k in range(first, min(first + devices, len(chunk.draws))):
+        draw = chunk.draws[k]
+        if step < len(draw.steps):
+            at = np.searchsorted(chunk.numbers[k], draw.steps[step])
+            found.append(at + (chunk.starts[k] - chunk.starts[first]))
+        else:
+            found.append(np.zeros(0, dtype=np.int64))
+    rows = np.full((devices, max(len(r) for r in found)), null, dtype=np.int64)
+    for k, row in enumerate(found):
+        rows[k, : len(row)] = row
+    return rows
+
+
+def _trimmed(batch: Batch) -> Batch:
+    """Cut the padding that no row of the group needs."""
+    longest = max(int(batch["lengths"].max()), 1)
+    return {n: t[:, :longest] if t.dim() > 1 else t for n, t in batch.items()}
+
+
+def _cut_table(
+    tokens: Tensor, owners: NDArray[np.int64], devices: int, vocabulary: int
+) -> tuple[Tensor, NDArray[np.int64], NDArray[np.int64]]:
+    """Tokens renumbered within each device's touched rows, those rows (K, U), and their counts."""
+    keys = tokens[:-1].numpy() + owners[:, None] * vocabulary
+    always = np.arange(devices) * vocabulary
+    unique = np.unique(np.concatenate([keys.ravel(), always]))
+    starts = np.searchsorted(unique, always)
+    counts = np.diff(np.append(starts, len(unique)))
+    touched = np.zeros((devices, int(counts.max())), dtype=np.int64)
+    owner = np.repeat(np.arange(devices), counts)
+    touched[owner, np.arange(len(unique)) - starts[owner]] = unique - owner * vocabulary
+    renumbered = np.zeros(tuple(tokens.shape), dtype=np.int64)
+    renumbered[:-1] = np.searchsorted(unique, keys) - starts[owners][:, None]
+    return torch.from_numpy(renumbered), touched, counts

@@ -1,0 +1,117 @@
+"""From a run's settings to its parts: population, vocabulary, task, model, local training.
+
+Coordinator and fleet both build from the same settings; in one process they share what they build.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from flwr.app import UserConfig
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from sottovoce.client.batches import BatchPlan
+from sottovoce.client.fleet import ExampleClipping, LocalTraining
+from sottovoce.client.models import make_model
+from sottovoce.client.tasks import Task, make_task
+from sottovoce.client.vocabulary import Vocabulary, make_vocabulary
+from sottovoce.privacy.noise import NoiseSource
+from sottovoce.simulations.fleet import SimulatedFleet
+from sottovoce.simulations.population import Population
+from sottovoce.simulations.populations import make_population
+
+SECRET_FOLDER = "secret-folder"
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Everything that follows from the settings alone."""
+
+    config: DictConfig
+    population: Population
+    vocabulary: Vocabulary
+    task: Task
+    training: LocalTraining
+
+    def initial_model(self) -> nn.Module:
+        """The model before training; its weights follow from the run's seed (0 without one)."""
+        return build_model(self.config, self.task)
+
+
+@lru_cache(maxsize=1)
+def build_experiment(config_text: str) -> Experiment:
+    """The parts of a run from its settings as YAML; kept for the next caller in this process."""
+    config = OmegaConf.create(config_text)
+    assert isinstance(config, DictConfig)
+    population = make_population(config.population)
+    vocabulary = make_vocabulary(
+        config.task.vocabulary.source,
+        population,
+        buckets=config.task.vocabulary.buckets,
+        path=config.task.vocabulary.path,
+    )
+    task = make_task(
+        config.task.name,
+        vocabulary=vocabulary,
+        schema=population.schema,
+        words=population.words,
+        max_length=config.task.max_length,
+    )
+    task.check(population)
+    return Experiment(config, population, vocabulary, task, local_training(config))
+
+
+def build_model(config: DictConfig, task: Task) -> nn.Module:
+    """The configured model for a task, with its first weights."""
+    sizes = {key: value for key, value in config.model.items() if key != "name"}
+    generator = torch.Generator().manual_seed(config.seed or 0)
+    return make_model(config.model.name, task, generator=generator, **sizes)
+
+
+def local_training(config: DictConfig) -> LocalTraining:
+    """What a device does with its examples, from `strategy` and `privacy` settings."""
+    strategy, privacy = config.strategy, config.privacy
+    example = None
+    if privacy.example.enabled:
+        example = ExampleClipping(privacy.example.clip_norm, privacy.example.noise_multiplier or 0.0)
+    plan = BatchPlan(
+        batch_size=strategy.batch_size,
+        local_epochs=strategy.local_epochs,
+        max_examples=config.population.max_examples_per_round,
+        poisson=example is not None,
+    )
+    clip = privacy.device.clip_norm if privacy.device.enabled else None
+    return LocalTraining(strategy.learning_rate, plan, example, clip)
+
+
+_fleets: dict[tuple[str, str], SimulatedFleet] = {}
+
+
+def simulated_fleet(config_text: str, node_config: UserConfig) -> SimulatedFleet:
+    """The fleet of a node for a run's settings; the last one is kept for the next round.
+
+    The in-process grid's node shares the run's noise secret (`secret-folder`); a node of its own
+    has its own from the operating system, unless the run is seeded.
+    """
+    folder = str(node_config.get(SECRET_FOLDER, ""))
+    key = (config_text, folder)
+    if key not in _fleets:
+        experiment = build_experiment(config_text)
+        seed = experiment.config.seed
+        if folder:
+            source = NoiseSource.load(Path(folder))
+        else:
+            source = NoiseSource.from_system() if seed is None else NoiseSource.from_seed(seed)
+        _fleets.clear()
+        _fleets[key] = SimulatedFleet(
+            experiment.population,
+            experiment.task,
+            experiment.initial_model(),
+            experiment.training,
+            source,
+        )
+    return _fleets[key]

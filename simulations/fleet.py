@@ -1,0 +1,187 @@
+"""The simulated fleet: virtual devices, trained in groups by batched tensor programs.
+
+Nothing exists for a device that was not sampled. What a device contributes depends on (round,
+device) alone: not on the group it trained in, on padding, or on the order of devices.
+"""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from sottovoce.client.fleet import Fleet, FleetReply, LocalTraining
+from sottovoce.client.tasks import Task
+from sottovoce.client.training import GroupData, GroupTrainer, LocalUpdates, sparse_table
+from sottovoce.privacy.noise import NoiseSource
+from sottovoce.simulations.cohort import Chunk, Draw, chunks, cut_group, draw_cohort
+from sottovoce.simulations.population import Population
+
+CHUNK_DEVICES = 512
+CANDIDATES = (8, 16, 32, 64)
+
+
+class SimulatedFleet(Fleet):
+    """Virtual devices of a population.
+
+    `source`: keyed randomness of batches and of on-device noise. `group_size`: devices that train
+    at once; None lets the fleet choose (`GroupSize`).
+
+    *Guarantee*: with `training.example`, each local step is a Gaussian mechanism of sensitivity
+    clip_norm for the example unit under add/remove, at the Poisson rate of the device's level; the
+    step's clipped sum is projected to S / steps *before* its noise, a map that moves no two sums
+    further apart, so the projection costs nothing and the whole update is post-processing of the
+    noised steps. (Clipping the finished signal and leaving the noise alone would not be: with two
+    steps or more the second signal depends on the first step's noise.) Every device's signal has
+    norm at most S = `training.update_clip_norm`.
+    *Assumes*: honest devices; activity levels are public.
+    """
+
+    def __init__(
+        self,
+        population: Population,
+        task: Task,
+        model: nn.Module,
+        training: LocalTraining,
+        source: NoiseSource,
+        group_size: int | None = None,
+    ) -> None:
+        self.population, self.task, self.model = population, task, model
+        self.training, self.source = training, source
+        self.size = GroupSize(group_size, fixed=source.reproducible)
+        self._trainers: dict[int, GroupTrainer] = {}
+
+    def train(
+        self, parameters: dict[str, Tensor], devices: NDArray[np.int64], server_round: int
+    ) -> FleetReply:
+        draws = draw_cohort(
+            self.population, devices, self.training.plan, server_round, self.source
+        )
+        total = RoundSum(self.model, self.training)
+        for chunk in chunks(self.population, self.task, draws, CHUNK_DEVICES):
+            first = 0
+            while first < len(chunk.draws):
+                size = self.size.next()
+                began = time.perf_counter()
+                self._train_group(parameters, chunk, first, size, server_round, total)
+                done = min(size, len(chunk.draws) - first)
+                self.size.measured(size, done, time.perf_counter() - began)
+                first += size
+        first_device = int(devices.min()) if len(devices) else 0
+        return total.reply(self.source.generator("untouched rows", server_round, first_device))
+
+    def _train_group(
+        self,
+        parameters: dict[str, Tensor],
+        chunk: Chunk,
+        first: int,
+        size: int,
+        server_round: int,
+        total: RoundSum,
+    ) -> None:
+        if size not in self._trainers:
+            self._trainers[size] = GroupTrainer(self.model, self.task, self.training, size)
+        trainer = self._trainers[size]
+        vocabulary = parameters[trainer.table].shape[0] if trainer.table else 0
+        data = cut_group(chunk, first, size, trainer.table_input, vocabulary)
+        draws = chunk.draws[first : first + size]
+        updates = trainer.train(parameters, data, self._generators(draws, server_round))
+        total.add(draws, data, updates)
+
+    def _generators(self, draws: list[Draw], server_round: int) -> list[np.random.Generator] | None:
+        example = self.training.example
+        if example is None or example.noise_multiplier == 0:
+            return None
+        return [self.source.generator("device noise", server_round, d.device) for d in draws]
+
+
+class RoundSum:
+    """The sum of a fleet's clipped updates, with the noise of rows that nobody drew.
+
+    A device's noise on an embedding row that its text never touched does not enter its training,
+    only the sum. Independent Gaussians add up to one of their summed variance, so those draws are
+    made once for the sum: exact in distribution.
+    """
+
+    def __init__(self, model: nn.Module, training: LocalTraining) -> None:
+        self.training = training
+        self.table = sparse_table(model)[0]
+        self.sums = {
+            name: torch.zeros(p.shape, dtype=torch.float64)
+            for name, p in model.named_parameters()
+            if p.requires_grad
+        }
+        rows = self.sums[self.table].shape[0] if self.table else 0
+        self.untouched = torch.zeros(rows, dtype=torch.float64)  # variance still to be drawn
+        self.levels: dict[int, int] = {}
+        self.dropped = 0
+        self.totals = dict.fromkeys(
+            ("examples", "loss", "clipped_examples", "clipped_devices", "norm"), 0.0
+        )
+
+    def add(self, draws: list[Draw], data: GroupData, updates: LocalUpdates) -> None:
+        here = len(draws)
+        keep = updates.finite[:here]
+        for name, signal in updates.signal.items():
+            part = signal[:here] if updates.noise is None else signal[:here] + updates.noise[name][:here]
+            part = part[keep].double()
+            if name == self.table:
+                rows = torch.from_numpy(data.touched[:here])[keep]
+                self.sums[name].index_add_(0, rows.flatten(), part.flatten(0, 1))
+            else:
+                self.sums[name] += part.sum(0)
+        for k in torch.nonzero(keep).flatten().tolist():
+            self.levels[draws[k].level] = self.levels.get(draws[k].level, 0) + 1
+            self._owe(draws[k].level, data.touched[k, : data.touched_counts[k]])
+        self._count(updates, keep)
+
+    def _owe(self, level: int, touched: NDArray[np.int64]) -> None:
+        variance = self.training.noise_variance(level)
+        if variance and self.table:
+            self.untouched += variance
+            self.untouched[torch.from_numpy(touched)] -= variance
+
+    def _count(self, updates: LocalUpdates, keep: Tensor) -> None:
+        here = len(keep)
+        self.dropped += here - int(keep.sum())
+        self.totals["examples"] += updates.examples
+        self.totals["loss"] += updates.loss
+        self.totals["clipped_examples"] += updates.clipped_examples
+        self.totals["clipped_devices"] += int(updates.clipped[:here][keep].sum())
+        self.totals["norm"] += float(updates.norms[:here][keep].sum())
+
+    def reply(self, generator: np.random.Generator) -> FleetReply:
+        """The finished sum in float32. `generator`: source of the untouched rows' noise."""
+        if self.table and bool((self.untouched > 0).any()):
+            table = self.sums[self.table]
+            noise = torch.from_numpy(generator.standard_normal(tuple(table.shape)))
+            table += noise * self.untouched.clamp_min(0).sqrt().unsqueeze(1)
+        sums = {name: tensor.float() for name, tensor in self.sums.items()}
+        return FleetReply(sums, self.levels, self.dropped, self.totals)
+
+
+class GroupSize:
+    """How many devices train at once: the fastest of a few sizes, timed on the first groups.
+
+    With a seed the size is fixed, so that the run's last bits do not depend on a clock.
+    """
+
+    def __init__(self, size: int | None, *, fixed: bool) -> None:
+        self.chosen: int | None = size or (32 if fixed else None)
+        self._trials = [size for size in CANDIDATES for _ in range(3)]
+        self._seconds: dict[int, list[float]] = {size: [] for size in CANDIDATES}
+
+    def next(self) -> int:
+        return self.chosen or self._trials[0]
+
+    def measured(self, size: int, devices: int, seconds: float) -> None:
+        """Note how long a group took; a size's first group warms up and does not count."""
+        if self.chosen is not None:
+            return
+        self._trials.pop(0)
+        self._seconds[size].append(seconds / devices)
+        if not self._trials:
+            self.chosen = min(CANDIDATES, key=lambda s: min(self._seconds[s][1:]))
