@@ -191,7 +191,8 @@ class AssistantPopulation(Population):
         ceilings /= ceilings[:, -1:]
         ceilings += np.arange(len(habits))[:, None]
         place = np.searchsorted(ceilings.ravel(), owner + uniforms(draws(said, 0)), side="right")
-        return np.clip(place - owner * intents, 0, intents - 1)
+        chosen: NDArray[np.int64] = np.clip(place - owner * intents, 0, intents - 1)
+        return chosen
 
     def _elements(
         self, intent: NDArray[np.int64], habits: Bits, said: Bits

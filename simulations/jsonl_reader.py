@@ -7,13 +7,16 @@ understanding `tokens`, `intent`, `slots` (BIO tags, one per token). A line with
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import json
 import re
 import zlib
 from array import array
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +69,7 @@ class Reader:
     """
 
     def __init__(self) -> None:
-        self.words: dict[str, int] = {}
+        self.words: dict[str, int] = defaultdict(count().__next__)  # a new word is numbered
         self.intents: dict[str, int] = {}
         self.tags: dict[str, int] = {"O": 0}
         self.users: dict[str, tuple[int, str]] = {}
@@ -95,6 +98,8 @@ class Reader:
     def _read_file(self, path: Path) -> None:
         before, number = len(self._lengths), 0
         for number, line in enumerate(_lines(path), start=1):
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
             try:
                 if line.strip():
                     self._add(_parse(line), path, number)
@@ -113,8 +118,7 @@ class Reader:
         if not words:
             self._empty += 1
             return
-        table = self.words
-        self._tokens.extend([table.setdefault(word, len(table)) for word in words])
+        self._tokens.extend(map(self.words.__getitem__, words))
         self._slots.extend(slots)
         self._lengths.append(len(words))
         self._intent.append(intent)
@@ -178,7 +182,7 @@ def _lines(path: Path) -> Iterator[bytes]:
 
 def _parse(line: bytes) -> dict[str, Any]:
     try:
-        row = json.loads(line.decode("utf-8-sig"))
+        row = json.loads(line.decode())
     except UnicodeDecodeError as error:
         raise _Fault(f"not UTF-8 at byte {error.start}: convert the file to UTF-8") from None
     except (json.JSONDecodeError, RecursionError) as error:

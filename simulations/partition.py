@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from sottovoce.client.errors import ConfigError
 from sottovoce.simulations.activity import LogNormalActivity
+from sottovoce.simulations.hashing import stream
 
 
 def assign_devices(
@@ -41,7 +42,7 @@ def assign_devices(
         )
     if not 0 < alpha < np.inf:
         raise ConfigError(f"alpha={alpha} must be above 0: set population.alpha")
-    generator = np.random.default_rng([seed, 1])
+    generator = np.random.default_rng(int(stream(seed, "partition")))
     sizes = device_sizes(model.of(0, devices, seed).astype(np.float64), examples)
     stock = np.bincount(labels)
     preferences = _preferences(stock / examples, devices, alpha, generator)
@@ -54,7 +55,7 @@ def device_sizes(activity: NDArray[np.float64], examples: int) -> NDArray[np.int
     """(devices,) sizes >= 1 in proportion to `activity` that add up to `examples`."""
     spare = np.maximum(activity * examples / activity.sum() - 1, 0)
     exact = spare / max(spare.sum(), 1e-300) * (examples - len(activity))
-    sizes = 1 + np.floor(exact).astype(np.int64)
+    sizes: NDArray[np.int64] = 1 + np.floor(exact).astype(np.int64)
     left = examples - int(sizes.sum())
     order = np.argsort(np.floor(exact) - exact, kind="stable")  # largest remainder first
     np.add.at(sizes, order[np.arange(left) % len(sizes)], 1)
@@ -120,8 +121,8 @@ def _ask(
     place = np.searchsorted(
         ceilings.ravel(), position + generator.random(len(devices)), side="right"
     )
-    last = np.flatnonzero(left)[-1]
-    return np.clip(place - position * labels, 0, last)
+    asked: NDArray[np.int64] = np.clip(place - position * labels, 0, np.flatnonzero(left)[-1])
+    return asked
 
 
 def _hand_out(
