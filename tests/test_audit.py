@@ -241,14 +241,14 @@ DEVICES, HELD_OUT = 800, 400
 class TokenPopulation(Population):
     """Every example is one word of its own, so that a model can remember it alone."""
 
-    def __init__(self, *, test_path: str | None = None, held_out: int = HELD_OUT) -> None:
+    def __init__(self, *, test_file: str | None = None, held_out: int = HELD_OUT) -> None:
         self.name = "tokens"
         self.words = ["word"]
         self.schema = Schema()
         self.public_words = True
         self.activity = np.tile(np.array([1, 3, 100], np.uint16), DEVICES)[:DEVICES]
         self.held_out = held_out
-        self.test_path = test_path
+        self.test_file = test_file
         self.starts = np.concatenate([[0], np.cumsum(self.activity, dtype=np.int64)])
 
     def examples(
@@ -267,7 +267,7 @@ class TokenPopulation(Population):
         return _examples([np.arange(first + 5 * d, first + 5 * d + 5) for d in range(limit or 400)])
 
     def describe(self) -> dict[str, Any]:
-        return {"source": "test", "test_path": self.test_path}
+        return {"source": "none", "test": self.test_file}
 
 
 def _examples(rows: Sequence[NDArray[np.int64]]) -> Examples:
@@ -388,7 +388,7 @@ def test_broken_scores_are_invalid(folder: Path) -> None:
 
 
 def test_non_members_from_another_file_are_shown_but_not_compared(folder: Path) -> None:
-    run = FakeRun(leak=2.0, population=TokenPopulation(test_path="test.jsonl"))
+    run = FakeRun(leak=2.0, population=TokenPopulation(test_file="test.jsonl"))
     _, record = _audit(folder, run, attacks="example_loss")
     (attack,) = record["attacks"]
     assert not attack["valid"] and "test.jsonl" in attack["note"]
@@ -500,7 +500,7 @@ def test_an_unfinished_run_and_one_without_held_out_data_are_refused(folder: Pat
 
 def test_members_and_non_members_are_read_equally_long() -> None:
     material = Material(cast(FinishedRun, FakeRun()), devices=300, seed=0)
-    assert material.examples_per_device == 20
+    assert material.readable == 20
     assert np.diff(material.training_devices.offsets).max() == 20
     assert len(material.training_examples.final) == len(material.held_out_examples.final) == 300
 

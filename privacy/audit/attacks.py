@@ -128,10 +128,7 @@ def choose_attacks(asked: object, run: FinishedRun) -> list[Attack]:
 
 def foreign_non_members(run: FinishedRun, unit: str) -> str | None:
     """Why held-out data differ from training data by more than a coin, None where they do not."""
-    described = run.population.describe()
-    if unit == "example" and described.get("test_path"):
-        return (
-            f"non-members come from another file ({described['test_path']}): what tells them apart "
-            "may be the file"
-        )
-    return None
+    test = run.population.describe().get("test") if unit == "example" else None
+    if not test:
+        return None
+    return f"non-members come from another file, {test}: what tells them apart may be the file"

@@ -85,15 +85,15 @@ class Material:
         return np.random.default_rng([self.seed, zlib.crc32(purpose.encode())])
 
     @cached_property
-    def examples_per_device(self) -> int:
-        """The most examples of a device that are read, alike for training and held-out devices.
+    def readable(self) -> int:
+        """How many examples of a device may be read, its first ones: as many as of a held-out one.
 
-        A source may hand out fewer examples of a held-out device than it has; a mean over more
-        would give members away by its smaller spread alone.
+        A source may hand out fewer examples of a held-out device than it has. Other or more
+        examples of training devices would give them away by themselves.
         """
         if self.run.population.held_out == 0:
             return MOST_EXAMPLES
-        return min(MOST_EXAMPLES, int(np.diff(self._held_out.device_offsets).max(initial=1)))
+        return int(np.diff(self._held_out.device_offsets).max(initial=1))
 
     @cached_property
     def training_devices(self) -> Losses:
@@ -127,14 +127,15 @@ class Material:
     @cached_property
     def held_out_examples(self) -> Losses:
         """Examples that training devices kept out of training: one each where devices are known."""
-        examples = self.run.population.held_out_examples(self.devices)
+        examples = self.run.population.held_out_examples()
         if examples is None or len(examples) == 0:
             raise RunError("the population holds no examples of training devices out")
         generator = self.generator("held-out examples")
         if examples.devices > 1:
             rows = _one_each(examples.device_offsets, generator)
         else:
-            rows = generator.permutation(len(examples))[: self.devices]
+            rows = np.arange(len(examples))
+        rows = generator.permutation(rows)[: self.devices]
         return self._losses(examples.take(rows), np.arange(len(rows) + 1))
 
     @cached_property
@@ -151,10 +152,11 @@ class Material:
         return self._losses(examples, examples.device_offsets)
 
     def _some(self, available: int, generator: np.random.Generator) -> NDArray[np.int64]:
-        """Numbers of at most `examples_per_device` of a device's examples, in order."""
-        if available <= self.examples_per_device:
-            return np.arange(available, dtype=np.int64)
-        return np.sort(generator.choice(available, self.examples_per_device, replace=False))
+        """Numbers of at most `MOST_EXAMPLES` of a device's readable examples, in order."""
+        readable = min(available, self.readable)
+        if readable <= MOST_EXAMPLES:
+            return np.arange(readable, dtype=np.int64)
+        return np.sort(generator.choice(readable, MOST_EXAMPLES, replace=False))
 
     def _losses(self, examples: Examples, offsets: NDArray[np.int64]) -> Losses:
         initial = self.run.initial_model
