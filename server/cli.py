@@ -10,10 +10,11 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import resources
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from sottovoce.client.errors import ConfigError
 
@@ -22,25 +23,7 @@ if TYPE_CHECKING:
 
     from omegaconf import DictConfig
 
-HELP = """\
-sottovoce: federated learning of language models with differential privacy.
-
-  sottovoce simulate   train over virtual devices            -> runs/<date>/<time>/
-  sottovoce account    the epsilon of a run, or of a plan
-  sottovoce audit      attack a run's model; its leakage beside its epsilon
-  sottovoce report     one page with plots of a run
-
-Try:
-
-  sottovoce simulate
-      a million devices, sampled by activity, private at both levels
-  sottovoce simulate population.devices=5000 cohort_size=100 rounds=10 privacy=none
-      a small one without privacy, for comparison
-  sottovoce account noise_multiplier=1 sampling_rate=0.01 steps=1000 delta=1e-5
-      what a plan costs, without running it
-
-Settings are key=value. `sottovoce simulate --help` lists them; -m runs a sweep (rounds=10,20).
-"""
+Settings = TypeVar("Settings")
 
 # Set before flwr, ray or torch is imported; what the user has set stays.
 ENVIRONMENT = {
@@ -61,12 +44,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if not words or words[0] in ("-h", "--help", "help"):
-        print(HELP, end="")
+        print(help_text("sottovoce"), end="")
         return 0
     if words[0] == "--version":
         print(f"sottovoce {version('sottovoce')}")
         return 0
     return _reported(words[0], words[1:])
+
+
+def help_text(name: str) -> str:
+    """What `sottovoce` (or one of its verbs) prints about itself."""
+    return resources.files("sottovoce.server").joinpath("help", f"{name}.txt").read_text("utf-8")
 
 
 def _reported(verb: str, words: list[str]) -> int:
@@ -132,19 +120,24 @@ def _simulate(cfg: DictConfig) -> int:
 
 
 def _account(cfg: DictConfig) -> int:
-    from sottovoce.server.account import run_account
+    from sottovoce.server.account import AccountConfig, run_account
 
-    return run_account(cfg)
+    return run_account(_typed(cfg, AccountConfig))
 
 
 def _audit(cfg: DictConfig) -> int:
-    from omegaconf import OmegaConf
-
     from sottovoce.privacy.audit.run import AuditConfig, run_audit
 
+    return run_audit(_typed(cfg, AuditConfig))
+
+
+def _typed(cfg: DictConfig, kind: type[Settings]) -> Settings:
+    """A composed config as the dataclass that it was checked against."""
+    from omegaconf import OmegaConf
+
     settings = OmegaConf.to_object(cfg)
-    assert isinstance(settings, AuditConfig)
-    return run_audit(settings)
+    assert isinstance(settings, kind)
+    return settings
 
 
 def _report(cfg: DictConfig) -> int:
@@ -176,6 +169,9 @@ def _run(name: str, words: list[str]) -> int:
             f"{name} is no verb{similar(name, VERBS)}: choose {', '.join(VERBS)}; "
             "`sottovoce --help` shows examples"
         )
+    if "--help" in words or "-h" in words:  # Hydra would list all groups, for half a second
+        print(help_text(name), end="")
+        return 0
     import hydra
 
     from sottovoce.server.config import register
@@ -196,7 +192,7 @@ def _run(name: str, words: list[str]) -> int:
     with _sweep_folder(verb, flags) as sweep, _command_line(name, [*words, *sweep]):
         try:
             application()
-        except SystemExit as stop:  # --help
+        except SystemExit as stop:  # --hydra-help
             return int(stop.code or 0)
     for failure in failures:
         raise failure

@@ -26,22 +26,6 @@ class VocabularyConfig:
 
 
 @dataclass
-class JsonlConfig:
-    name: str = "jsonl"
-    path: str = MISSING
-    test_path: str | None = None
-    users: str = "auto"
-    devices: int = 500
-    held_out_devices: int = 50
-    held_out_fraction: float = 0.1
-    max_examples_per_round: int = 32
-    alpha: float = 1.0
-    mu: float = 2.3
-    sigma: float = 1.3
-    seed: int = 0
-
-
-@dataclass
 class TaskConfig:
     name: str = MISSING
     max_length: int = 32
@@ -180,6 +164,7 @@ def _nodes(verb: str) -> list[tuple[str | None, str, Any]]:
 
         return [(None, "base_account", AccountConfig)]
     from sottovoce.simulations.assistant import AssistantConfig
+    from sottovoce.simulations.jsonl import JsonlConfig
 
     return [
         (None, "base_simulate", SimulateConfig),

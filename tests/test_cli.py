@@ -134,16 +134,17 @@ def examples(text: str) -> list[list[str]]:
 
 
 def test_examples_of_the_help_compose(sottovoce: Callable[..., Output]) -> None:
-    texts = [cli.HELP, *(sottovoce(verb, "--help")[1] for verb in ("simulate", "account"))]
+    texts = [cli.help_text(name) for name in ("sottovoce", "simulate", "account")]
     found = [example for text in texts for example in examples(text)]
     assert len(found) >= 9
     for verb, *words in found:
         settings = [word for word in words if word != "-m"]
         settings = [re.sub(r",.*", "", word) for word in settings]
-        code, out, err = sottovoce(verb, *settings, "--cfg", "job")
-        assert (code, err) == (0, ""), (verb, words, err)
         if verb == "simulate":
             validate(composed(*settings))
+        else:
+            code, _, err = sottovoce(verb, *settings, "--cfg", "job")
+            assert (code, err) == (0, ""), (verb, words, err)
 
 
 @pytest.mark.parametrize(
@@ -155,11 +156,12 @@ def test_every_yaml_begins_with_a_command_that_uses_it(
     first = path.read_text(encoding="utf-8").splitlines()[0]
     assert first.startswith("# sottovoce ")
     verb, *words = shlex.split(first.replace("<date>/<time>", "x"))[2:]
-    show = [] if "--help" in words or "--cfg" in words else ["--cfg", "job"]
-    code, _, err = sottovoce(verb, *words, *show)
-    assert (code, err) == (0, "")
-    if verb == "simulate" and show:
+    shows = "--help" in words or "--cfg" in words
+    if verb == "simulate" and not shows:
         validate(composed(*words))
+        return
+    code, _, err = sottovoce(verb, *words, *([] if shows else ["--cfg", "job"]))
+    assert (code, err) == (0, "")
 
 
 # -- composing -------------------------------------------------------------------------------------
@@ -236,24 +238,6 @@ REFUSED = {
     "simulate population.devices=many": ["population.devices", "many"],
     "simulate rounds=2.5": ["rounds", "2.5"],
     "simulate rounds=null": ["rounds", "cannot be null"],
-    "simulate rounds=0": ["rounds=0 must be at least 1"],
-    "simulate cohort_size=0": ["cohort_size=0 must be at least 1"],
-    "simulate cohort_size=20 population.devices=10": ["cohort_size=20", "population.devices=10"],
-    "simulate seed=-1": ["seed=-1 must be at least 0"],
-    "simulate strategy.max_rate=1.5": ["strategy.max_rate=1.5", "at most 1"],
-    "simulate strategy.learning_rate=nan": ["strategy.learning_rate=nan"],
-    "simulate strategy.sampler=best": ["strategy.sampler=best", "activity or uniform"],
-    "simulate privacy.device.epsilon=0": ["privacy.device.epsilon=0", "above 0"],
-    "simulate privacy.device.epsilon=inf": ["privacy.device.epsilon=inf", "above 0"],
-    "simulate privacy.device.delta=1": ["privacy.device.delta=1", "between 0 and 1"],
-    "simulate privacy.device.clip_norm=-1": ["privacy.device.clip_norm=-1", "above 0"],
-    "simulate privacy.device.noise_multiplier=1": ["epsilon=4", "contradict", "null"],
-    "simulate privacy.device.epsilon=null": ["privacy.device", "neither noise nor a target"],
-    "simulate privacy=none privacy.device.epsilon=4": ["protects nothing", "privacy=device"],
-    "simulate privacy=device privacy.example.noise_multiplier=1": ["protects nothing"],
-    "simulate task.vocabulary.source=file": ["give task.vocabulary.path=FILE"],
-    "simulate task.vocabulary.path=words.txt": ["set task.vocabulary.source=file"],
-    "simulate population=jsonl": ["population.path is missing"],
     "simulate +extra=1": ["+extra=1", "not added"],
     "simulate ~rounds": ["~rounds", "not added or removed"],
     "simulate rounds": ["rounds", "key=value"],
@@ -266,6 +250,27 @@ REFUSED = {
     "report": ["run is missing", "run="],
     "report rnu=x": ["rnu", "did you mean run"],
     "report run=nowhere": ["nowhere"],
+    "simulate rounds=0": ["rounds=0 must be at least 1"],
+    "simulate privacy=none privacy.device.epsilon=4": ["protects nothing", "privacy=device"],
+}
+
+IMPOSSIBLE = {
+    "cohort_size=0": ["cohort_size=0 must be at least 1"],
+    "cohort_size=20 population.devices=10": ["cohort_size=20", "population.devices=10"],
+    "seed=-1": ["seed=-1 must be at least 0"],
+    "strategy.max_rate=1.5": ["strategy.max_rate=1.5", "at most 1"],
+    "strategy.learning_rate=nan": ["strategy.learning_rate=nan"],
+    "strategy.sampler=best": ["strategy.sampler=best", "activity or uniform"],
+    "privacy.device.epsilon=0": ["privacy.device.epsilon=0", "above 0"],
+    "privacy.device.epsilon=inf": ["privacy.device.epsilon=inf", "above 0"],
+    "privacy.device.delta=1": ["privacy.device.delta=1", "between 0 and 1"],
+    "privacy.device.clip_norm=-1": ["privacy.device.clip_norm=-1", "above 0"],
+    "privacy.device.noise_multiplier=1": ["epsilon=4", "contradict", "null"],
+    "privacy.device.epsilon=null": ["privacy.device", "neither noise nor a target"],
+    "privacy=device privacy.example.noise_multiplier=1": ["protects nothing"],
+    "task.vocabulary.source=file": ["give task.vocabulary.path=FILE"],
+    "task.vocabulary.path=words.txt": ["set task.vocabulary.source=file"],
+    "population=jsonl": ["population.path is missing"],
 }
 
 
@@ -281,6 +286,14 @@ def test_bad_input_is_one_line_that_names_value_and_remedy(
     assert all(part in err for part in REFUSED[line]), err
     assert simulated.calls == []
     assert everything_in(here) == []
+
+
+@pytest.mark.parametrize("line", IMPOSSIBLE)
+def test_impossible_values_are_refused_with_value_and_remedy(line: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        validate(composed(*line.split()))
+    assert all(part in str(refusal.value) for part in IMPOSSIBLE[line]), refusal.value
+    assert "\n" not in str(refusal.value)
 
 
 @pytest.mark.parametrize(

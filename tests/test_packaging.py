@@ -75,7 +75,7 @@ def test_help_imports_nothing_heavy() -> None:
         "import sys; from sottovoce.server.cli import main; main([{words}]);"
         "print([m for m in ('torch', 'flwr', 'ray', 'matplotlib', 'pandas') if m in sys.modules])"
     )
-    for words in ("", "'--help'", "'--version'", "'simulate', '--help'", "'report', '--help'"):
+    for words in ("", "'--help'", "'--version'", "'simulate', '--help'", "'audit', '--help'"):
         assert python(code.format(words=words)).splitlines()[-1] == "[]"
     light = "from sottovoce.server.cli import main; main([]); import sys; print(*sys.modules)"
     assert "numpy" not in python(light).splitlines()[-1].split()
@@ -119,7 +119,7 @@ def test_the_wheel_holds_all_code_and_all_configs(tmp_path: Path) -> None:
     )
     (wheel,) = tmp_path.glob("*.whl")
     inside = set(zipfile.ZipFile(wheel).namelist())
-    for path in sources("*.py", "*.yaml", "*.j2", "py.typed"):
+    for path in sources("*.py", "*.yaml", "*.txt", "*.j2", "py.typed"):
         assert f"sottovoce/{path.as_posix()}" in inside
     assert not [name for name in inside if name.startswith(TOP)]
     assert [name for name in inside if name.endswith("LICENSE")]
