@@ -107,13 +107,14 @@ def _simulate(cfg: DictConfig) -> int:
         print(f"sweep {hydra.job.num}: {hydra.job.override_dirname}", file=sys.stderr)
     elif cfg.resume is None:
         folder = placement.new_folder(cfg.run.dir)
-    try:
-        from sottovoce.server.simulate import simulate
+    from sottovoce.server.simulate import simulate
 
-        code: int = simulate(cfg, folder)
-    finally:
-        if cfg.run.dir is None:
-            placement.discard_empty(folder)
+    try:
+        code = simulate(cfg, folder)
+    except Exception:
+        if not sweeps and cfg.resume is None and cfg.run.dir is None:
+            placement.discard_unstarted(folder)
+        raise
     if sweeps and code == INTERRUPTED:
         raise KeyboardInterrupt  # the sweep ends with the run
     return code
@@ -235,7 +236,7 @@ def _sweep_folder(verb: Verb, flags: argparse.Namespace) -> Iterator[list[str]]:
         try:
             yield [f"hydra.sweep.dir={folder}"]
         finally:
-            discard_empty(folder)
+            discard_empty(folder, folder.parent, folder.parent.parent)
     else:
         with TemporaryDirectory() as scratch:
             yield [f'hydra.sweep.dir="{scratch}"']

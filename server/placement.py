@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from datetime import datetime
 from itertools import count
@@ -48,12 +49,20 @@ def named_folder(folder: Path) -> Path:
     return folder
 
 
-def discard_empty(folder: Path) -> None:
-    """Remove a dated folder, and those above it, where nothing was written into them."""
-    for path in (folder, folder.parent, folder.parent.parent):
-        if not path.is_dir() or any(path.iterdir()):
+def discard_unstarted(folder: Path) -> None:
+    """Remove the dated folder of a run that failed before its first record, as if never begun."""
+    if not (folder / "metrics.jsonl").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        discard_empty(folder.parent, folder.parent.parent)
+
+
+def discard_empty(*folders: Path) -> None:
+    """Remove those of `folders` that are empty, in order, up to one that is not."""
+    for folder in folders:
+        if folder.is_dir() and any(folder.iterdir()):
             return
-        path.rmdir()
+        if folder.is_dir():
+            folder.rmdir()
 
 
 def resumed(cfg: DictConfig, overrides: Sequence[str]) -> tuple[DictConfig, Path]:

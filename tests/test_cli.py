@@ -51,13 +51,16 @@ class Recorder:
     def __init__(self) -> None:
         self.calls: list[tuple[DictConfig, Path]] = []
         self.outcome: int | BaseException = 0
+        self.records = False
 
     def __call__(self, cfg: DictConfig, folder: Path) -> int:
         self.calls.append((cfg, folder))
-        if isinstance(self.outcome, BaseException):
-            raise self.outcome
         assert folder.is_dir()
         (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
+        if self.records:
+            (folder / "metrics.jsonl").touch()
+        if isinstance(self.outcome, BaseException):
+            raise self.outcome
         return self.outcome
 
     @property
@@ -305,12 +308,21 @@ def test_impossible_values_are_refused_with_value_and_remedy(line: str) -> None:
          "shows the traceback)\n"),
     ],
 )
-def test_a_failing_run_ends_in_one_line_and_leaves_no_empty_folder(
+def test_a_run_that_cannot_begin_ends_in_one_line_and_leaves_no_folder(
     error: Exception, line: str, sottovoce: Callable[..., Output], simulated: Recorder, here: Path
 ) -> None:
     simulated.outcome = error
     assert sottovoce("simulate") == (1, "", line)
     assert everything_in(here) == []
+
+
+def test_a_run_that_fails_later_keeps_its_folder(
+    sottovoce: Callable[..., Output], simulated: Recorder
+) -> None:
+    simulated.records = True
+    simulated.outcome = RuntimeError("out of memory")
+    assert sottovoce("simulate")[0] == 1
+    assert (simulated.folder / "metrics.jsonl").exists()
 
 
 def test_an_error_of_ours_hides_its_technical_cause(
