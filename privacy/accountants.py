@@ -9,20 +9,22 @@
 Poisson sampling. For a unit drawn by a secret coin of probability q the pair is (1-q) N(0) + q N(1)
 against N(0), for removing its contribution as for zeroing it, *as long as the noise does not depend
 on whether the unit takes part*. A device that adds noise of its own when it takes part breaks that:
-over many coordinates the spread of the sum shows that it took part, the sample is no secret, and the
-amplification is gone. In the worst case the coin c is seen and the pair is (c, N(c)) against
-(c, N(0)): with probability 1-q nothing, with probability q a plain Gaussian. It always holds under
-zero-out: given own noise n, the outputs N(n + s(n)) and N(n) are dominated by that Gaussian, and
-divergences are jointly convex over n. So relation `zero_out` with Poisson sampling is accounted by
-that pair. A mechanism whose total noise is the same whoever takes part (own noise topped up to a
-constant) has the first pair and may record `add_remove`.
+over many coordinates the spread of the sum shows that it took part, the sample is no secret, and
+the amplification is gone. In the worst case the coin c is seen, and the pair is (c, N(c)) against
+(c, N(0)): with probability 1-q nothing, with probability q a plain Gaussian. This pair dominates
+under zero-out: given c = 1 and own noise n, the outputs N(n + s(n)) and N(n) are no further apart
+than N(1) and N(0), and divergences are jointly convex over n. So `zero_out` with Poisson sampling
+is accounted by it. A mechanism whose total noise is the same whoever takes part (own noise topped
+up to a constant) has the first pair and may record `add_remove`.
 
-Fixed size without replacement, under replace-one with twice the sensitivity: `rdp` by Wang et al.
-2019, arXiv:1808.00087, theorem 27; `pld` is the smaller of that bound and of composition without
-any amplification.
+Poisson sampling under replace-one: the pair of dp-accounting, (1-q) N(0) + q N(1) against (1-q) N(0)
++ q N(-1), by `pld` only. Fixed size without replacement, under replace-one with twice the
+sensitivity: `rdp` by Wang et al. 2019, arXiv:1808.00087, theorem 27; `pld` is the smaller of that
+bound and of composition without any amplification.
 
 *Guarantee*: with the noise and rates of the events, what was released is (epsilon, delta)-DP for
-the unit, relation and observer asked for. No figure is an optimistic estimate.
+the unit, relation and observer asked for: `pld` and `rdp` are upper bounds (rounding of `pld` is
+covered by a measured margin, see `sottovoce.privacy.losses`); `prv` is a cross-check only.
 *Assumes*: the events tell what was run: secret independent coins at public rates, fresh noise.
 """
 
@@ -70,8 +72,9 @@ def epsilon(
     check_delta(delta)
     tally = Tally(events_of(source))
     unit, observer = tally.resolve(unit, observer)
-    levels = [level] if level is not None else sorted(tally.levels(unit)) or [None]
-    found = {at: tally.composition(unit, observer, at) for at in levels}
+    found = tally.compositions(unit, observer)
+    if level is not None:
+        found = {level: tally.composition(unit, observer, level)}
     return worst(found, delta, accountant)[0]
 
 
@@ -92,16 +95,19 @@ def by_level(
     tally = Tally(ledger)
     unit, observer = tally.resolve(unit, observer)
     levels = sorted(tally.levels(unit) | set(ledger.levels))
-    found = {level: tally.composition(unit, observer, level) for level in levels}
-    if not found:
+    if not levels:
         return []
+    found: dict[int | None, Composition] = {
+        level: tally.composition(unit, observer, level) for level in levels
+    }
     highest, at = worst(found, delta, accountant)
-    if ledger.levels:
-        found = {lv: steps for lv, steps in found.items() if lv in ledger.levels or lv == at}
+    devices: dict[int | None, int] = {level: count for level, count in ledger.levels.items()}
+    if devices:
+        found = {lv: steps for lv, steps in found.items() if lv in devices or lv == at}
     return [
         {
             "level": level,
-            "devices": ledger.levels.get(level),
+            "devices": devices.get(level),
             "sampling_rate": tally.rate(unit, level),
             "epsilon": highest
             if level == at

@@ -69,7 +69,7 @@ def calibrate_noise(
                     purpose="calibration",
                 )
             )
-        return {at: tally.composition(unit, "release", at) for at in tally.levels(unit)}
+        return tally.compositions(unit, "release")
 
     def epsilon(noise: float, tolerance: float) -> float:
         return worst(plan(noise), delta, accountant, tolerance)[0]
@@ -190,4 +190,4 @@ def _log_ratio(epsilon: float, target: float) -> float:
 
 
 def _rounded_up(noise: float) -> float:
-    return math.ceil(noise * 10**_DIGITS - 1e-9) / 10**_DIGITS
+    return float(math.ceil(noise * 10**_DIGITS - 1e-9) / 10**_DIGITS)

@@ -167,6 +167,11 @@ class Tally:
             counts.update(group.at(level))
         return _normalised(counts) if nearest else NON_PRIVATE
 
+    def compositions(self, unit: str, observer: str) -> dict[int | None, Composition]:
+        """The composition of each level that events list; under None where they list none."""
+        levels: list[int | None] = [*sorted(self.levels(unit))] or [None]
+        return {level: self.composition(unit, observer, level) for level in levels}
+
     def _nearest(self, unit: str, purpose: str, rank: int) -> _Group | None:
         groups = (self._groups.get((unit, o, purpose)) for o in OBSERVERS[rank:])
         return next((group for group in groups if group is not None), None)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 Unit = Literal["device", "example"]
 Observer = Literal["release", "server", "fleet"]
@@ -144,7 +144,7 @@ def event_from_json(fields: Mapping[str, Any]) -> Event:
     if kind not in _TYPES:
         raise ValueError(f"event type {kind!r} is unknown: use one of {', '.join(_TYPES)}")
     try:
-        return cast(Event, _TYPES[kind](**values))
+        return _TYPES[kind](**values)
     except TypeError as error:
         raise ValueError(f"{kind} event is malformed: {error}") from error
 

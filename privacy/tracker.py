@@ -1,5 +1,4 @@
-"""Epsilon while a run is under way: for the progress bar, and to stop before the budget is passed.
-"""
+"""Epsilon while a run is under way: for the progress bar, and to stop before a budget is passed."""
 
 from __future__ import annotations
 
@@ -51,6 +50,5 @@ class EpsilonTracker:
         return self._epsilon(tally, 0.0) > max_epsilon
 
     def _epsilon(self, tally: Tally, tolerance: float) -> float:
-        levels = sorted(tally.levels(self.unit)) or [None]
-        found = {at: tally.composition(self.unit, self.observer, at) for at in levels}
+        found = tally.compositions(self.unit, self.observer)
         return worst(found, self.delta, "pld", tolerance)[0]

@@ -6,13 +6,11 @@ object. A run is read from its ledger alone.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from importlib import metadata
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from sottovoce.client.errors import ConfigError
 from sottovoce.privacy.accountants import ACCOUNTANTS, by_level, check_delta, epsilon
@@ -20,6 +18,10 @@ from sottovoce.privacy.calibration import calibrate_noise
 from sottovoce.privacy.composition import Tally
 from sottovoce.privacy.events import OBSERVERS, GaussianEvent, Unit
 from sottovoce.privacy.ledger import Ledger
+from sottovoce.server.account_tables import as_json, print_tables
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 Facts = dict[str, Any]
 
@@ -61,13 +63,13 @@ def account(options: Mapping[str, Any]) -> Facts:
     return _of_plan(config) if config.run is None else _of_run(config, Path(config.run))
 
 
-def run_account(cfg: AccountConfig) -> int:
+def run_account(cfg: AccountConfig | DictConfig) -> int:
     """Print `account(cfg)` in `cfg.format`; the exit code 0."""
     facts = account({field.name: getattr(cfg, field.name) for field in fields(AccountConfig)})
     if cfg.format == "json":
-        print(json.dumps(_spelled_out(facts), allow_nan=False))
+        print(as_json(facts))
     else:
-        _print_tables(facts)
+        print_tables(facts)
     return 0
 
 
@@ -174,14 +176,14 @@ def _leading(by_accountant: Mapping[str, float | None], accountant: str) -> floa
 def _of_run(config: AccountConfig, folder: Path) -> Facts:
     for name in ("noise_multiplier", "sampling_rate", "steps", "target_epsilon"):
         if getattr(config, name) is not None:
-            raise ConfigError(f"{name} contradicts run={config.run}: the ledger says it; leave it out")
+            raise ConfigError(f"{name} contradicts run={config.run}, whose ledger has it: drop one")
     ledger = Ledger.load(folder if folder.is_file() else folder / "ledger.json")
     tally = Tally(ledger)
     unit = config.unit or next(iter((*ledger.deltas, *ledger.units)), "device")
     unit, observer = tally.resolve(unit, config.observer)
-    delta = _delta(config, ledger, unit)
     if not ledger.events:
-        return _of_nothing(config, unit, observer, delta)
+        return _of_nothing(config, unit, observer)
+    delta = _delta(config, ledger, unit)
     rows = by_level(ledger, delta, unit, observer, config.accountant)
     level = max(rows, key=lambda row: float(row["epsilon"]))["level"] if rows else None
     by_accountant = _by_accountant(ledger, delta, unit, observer, level)
@@ -201,11 +203,11 @@ def _of_run(config: AccountConfig, folder: Path) -> Facts:
     }
 
 
-def _of_nothing(config: AccountConfig, unit: str, observer: str, delta: float) -> Facts:
+def _of_nothing(config: AccountConfig, unit: str, observer: str) -> Facts:
     """A run whose ledger is empty trained without any mechanism: nothing is promised."""
     return {
         "epsilon": math.inf,
-        "delta": delta,
+        "delta": config.delta,
         "noise_multiplier": 0.0,
         "sampling_rate": None,
         "steps": 0,
@@ -223,8 +225,6 @@ def _of_nothing(config: AccountConfig, unit: str, observer: str, delta: float) -
 
 def _delta(config: AccountConfig, ledger: Ledger, unit: str) -> float:
     delta = config.delta if config.delta is not None else ledger.deltas.get(unit)
-    if delta is None and not ledger.events:
-        return 0.0
     if delta is None:
         raise ConfigError(f"{config.run} states no delta for unit={unit}: give delta=")
     return delta
@@ -269,48 +269,3 @@ def _claims(config: AccountConfig, ledger: Ledger, tally: Tally) -> list[Facts]:
         if config.delta is not None or unit in ledger.deltas
         for observer in OBSERVERS
     ]
-
-
-# -- printing --------------------------------------------------------------------------------------
-
-
-def _print_tables(facts: Facts) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(highlight=False)
-    console.print(
-        f"epsilon = [bold]{_text(facts['epsilon'])}[/bold] at delta = {facts['delta']:g} "
-        f"({facts['unit']} level, {facts['relation'].replace('_', '/')}, observer "
-        f"{facts['observer']}, {facts['accountant']}, dp-accounting "
-        f"{metadata.version('dp-accounting')})"
-    )
-    plain = Table("noise multiplier", "sampling rate", "steps", *ACCOUNTANTS)
-    others = [_text(facts["by_accountant"][name]) for name in ACCOUNTANTS]
-    setting = (facts["noise_multiplier"], facts["sampling_rate"], facts["steps"])
-    plain.add_row(*(_text(value, "varies") for value in setting), *others)
-    console.print(plain)
-    for name in ("claims", "by_level"):
-        rows = facts.get(name) or []
-        if rows:
-            table = Table(*(key.replace("_", " ") for key in rows[0]))
-            for row in rows:
-                table.add_row(*(_text(value, "") for value in row.values()))
-            console.print(table)
-
-
-def _text(value: Any, absent: str = "-") -> str:
-    if value is None:
-        return absent
-    if isinstance(value, float):
-        return "infinite" if math.isinf(value) else f"{value:.6g}"
-    return str(value)
-
-
-def _spelled_out(value: Any) -> Any:
-    """The value with infinity as "inf": JSON has no number for it."""
-    if isinstance(value, dict):
-        return {key: _spelled_out(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_spelled_out(entry) for entry in value]
-    return "inf" if value == math.inf else value

@@ -65,8 +65,9 @@ def noised_counts(
 
     The default is 10 devices, or 0.02 % of all where that is more.
 
-    *Guarantee*: a Gaussian release of sensitivity 1 (a device counts once), unit device, add/remove,
-    observer `release`; noise multiplier `noise`. *Assumes*: the number of devices is public.
+    *Guarantee*: a Gaussian release of sensitivity 1 (a device counts once), unit device, relation
+    add/remove, observer `release`; noise multiplier `noise`.
+    *Assumes*: the number of devices is public.
     """
     deviation = max(10.0, 2e-4 * len(levels)) if noise is None else noise
     if not (math.isfinite(deviation) and deviation > 0):
@@ -81,6 +82,6 @@ def noised_counts(
 
 
 def _poisson_quantile(mean: float) -> float:
-    """What a count of mean `mean` exceeds with probability e^-42 at most: Bernstein's inequality."""
+    """What a count of mean `mean` exceeds with probability e^-42 at most (Bernstein)."""
     third = _LOG_RISK / 3
     return mean + third + math.sqrt(third**2 + 2 * mean * _LOG_RISK) if mean > 0 else 0.0

@@ -24,7 +24,8 @@ def activity_levels(activity: NDArray[np.integer]) -> NDArray[np.uint8]:
     largest = int(activity.max()) if len(activity) else 1
     table = np.searchsorted(bounds, np.arange(min(largest, 2**MAX_LEVEL) + 1), side="right")
     clipped = np.minimum(activity, len(table) - 1)
-    return table.astype(np.uint8)[clipped]
+    found: NDArray[np.uint8] = table.astype(np.uint8)[clipped]
+    return found
 
 
 def level_size(level: int) -> int:

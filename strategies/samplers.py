@@ -1,23 +1,17 @@
-"""Who is sampled: each round's devices, with inclusion probabilities the accountant can use.
+"""Sampling by activity: devices with more data are drawn more often, at public rates.
 
-Poisson samplers let every device in by a coin of its own; they never fill up or cut a cohort, not
-even an empty one, because that would make one device's place depend on the others.
-
-A round's devices are a pure function of (seed, round): nothing need be saved to resume. Sampling
-costs O(levels + cohort): per level a binomial draw of how many, then a uniform choice of who.
+Sampling costs O(levels + cohort): per level a binomial draw of how many devices, then a uniform
+choice of which. Source: Dupuy et al. 2022, arXiv:2202.03925.
 """
 
 from __future__ import annotations
 
-import math
-from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sottovoce.client.errors import ConfigError
-from sottovoce.privacy.events import GaussianEvent, LevelEntry, Sampling
 from sottovoce.privacy.noise import NoiseSource
 from sottovoce.strategies.counts import LevelCounts, exact_counts, model_counts, noised_counts
 from sottovoce.strategies.levels import MAX_LEVEL, activity_levels
@@ -28,131 +22,13 @@ from sottovoce.strategies.rates import (
     rates_from_counts,
     rates_from_total,
 )
+from sottovoce.strategies.sampling import FixedSizeSampler as FixedSizeSampler
+from sottovoce.strategies.sampling import Sampler as Sampler
+from sottovoce.strategies.sampling import UniformSampler as UniformSampler
+from sottovoce.strategies.sampling import chosen
 
 if TYPE_CHECKING:
     from sottovoce.simulations.population import Population
-
-_STREAM = 0x5A3B1E5
-
-
-class Sampler(ABC):
-    """Draws each round's cohort.
-
-    `devices`: population size, public. `rates`: inclusion probability per round of a device at
-    each level, all levels up to `MAX_LEVEL`. `expected_cohort_size`: public; sums are divided by
-    it. `counts`: devices by level as far as known. `events`: what knowing them cost: into the
-    ledger first. `seed`: drawn from the operating system where None is given.
-    """
-
-    sampling: ClassVar[Sampling]
-
-    def __init__(
-        self,
-        devices: int,
-        rates: dict[int, float],
-        expected_cohort_size: float,
-        counts: LevelCounts | None,
-        seed: int | None,
-    ) -> None:
-        self.devices, self.rates, self.counts = devices, rates, counts
-        self.expected_cohort_size = float(expected_cohort_size)
-        entropy = np.random.SeedSequence(seed).entropy
-        self.seed = int(entropy) if isinstance(entropy, int) else 0
-
-    @abstractmethod
-    def sample(self, round: int) -> NDArray[np.int64]:
-        """Ids of the devices in `round`, sorted; may be empty."""
-
-    @property
-    def by_level(self) -> tuple[LevelEntry, ...]:
-        """(level, rate, 1) of every level: what a round's event says."""
-        return tuple((level, rate, 1) for level, rate in sorted(self.rates.items()))
-
-    @property
-    def events(self) -> tuple[GaussianEvent, ...]:
-        return () if self.counts is None else self.counts.events
-
-    @property
-    def devices_by_level(self) -> dict[int, int]:
-        """Devices by level as far as known, for tables; empty where unknown."""
-        return {} if self.counts is None else self.counts.rounded
-
-    @property
-    def most_devices_by_level(self) -> dict[int, int]:
-        """Public numbers that the levels' devices stay below, but for 1 chance in 10^18.
-
-        Where only totals are public, all that a cohort may hold is put at the last level, whose
-        devices do most.
-        """
-        if self.counts is not None:
-            return self.counts.most
-        rate = self.rates[MAX_LEVEL]
-        return {MAX_LEVEL: math.ceil(self.expected_cohort_size / rate)} if rate > 0 else {}
-
-    def inclusion_probabilities(self) -> dict[int, float]:
-        """Probability per round of a device at each level."""
-        return dict(self.rates)
-
-    def describe(self) -> dict[str, Any]:
-        """What the report says of this sampler, as JSON values."""
-        return {
-            "sampler": type(self).__name__,
-            "sampling": self.sampling,
-            "expected_cohort_size": self.expected_cohort_size,
-            "level_counts": "unknown" if self.counts is None else self.counts.source,
-        }
-
-    def _generator(self, round: int) -> np.random.Generator:
-        return np.random.default_rng(np.random.SeedSequence((_STREAM, self.seed, round)))
-
-
-class UniformSampler(Sampler):
-    """Poisson: every device enters with probability cohort_size / devices."""
-
-    sampling = "poisson"
-
-    def __init__(
-        self,
-        devices: int,
-        cohort_size: float,
-        *,
-        counts: LevelCounts | None = None,
-        seed: int | None = None,
-    ) -> None:
-        check_cohort(cohort_size, devices)
-        self.rate = cohort_size / devices
-        super().__init__(devices, _everywhere(self.rate), cohort_size, counts, seed)
-
-    def sample(self, round: int) -> NDArray[np.int64]:
-        generator = self._generator(round)
-        return _chosen(generator, self.devices, generator.binomial(self.devices, self.rate))
-
-
-class FixedSizeSampler(Sampler):
-    """The same number of devices each round, uniformly without replacement.
-
-    To be recorded with `sampling="fixed_size"`, `relation="replace_one"`: a weaker claim than
-    Poisson's for the same noise.
-    """
-
-    sampling = "fixed_size"
-
-    def __init__(
-        self,
-        devices: int,
-        cohort_size: int,
-        *,
-        counts: LevelCounts | None = None,
-        seed: int | None = None,
-    ) -> None:
-        check_cohort(cohort_size, devices)
-        if int(cohort_size) != cohort_size:
-            raise ConfigError(f"cohort_size={cohort_size} must be a whole number at fixed size")
-        self.size = int(cohort_size)
-        super().__init__(devices, _everywhere(cohort_size / devices), cohort_size, counts, seed)
-
-    def sample(self, round: int) -> NDArray[np.int64]:
-        return _chosen(self._generator(round), self.devices, self.size)
 
 
 class ActivitySampler(Sampler):
@@ -197,11 +73,11 @@ class ActivitySampler(Sampler):
 
     def sample(self, round: int) -> NDArray[np.int64]:
         generator = self._generator(round)
-        chosen = []
+        drawn = []
         for level, members in enumerate(self._members):
             size = generator.binomial(len(members), self.rates[level])
-            chosen.append(members[_chosen(generator, len(members), size)])
-        return np.sort(np.concatenate(chosen).astype(np.int64))
+            drawn.append(members[chosen(generator, len(members), size)])
+        return np.sort(np.concatenate(drawn).astype(np.int64))
 
     def describe(self) -> dict[str, Any]:
         facts: dict[str, Any] = {
@@ -256,17 +132,17 @@ def make_sampler(
             counts=counts,
             seed=seed,
         )
-    expected = population.expected_level_counts()
-    known = expected is not None or not private
-    counts = (
-        known_counts(population, activity_levels(population.activity), source, private)
-        if known
-        else None
+    counts = None
+    if not private or population.expected_level_counts() is not None:
+        levels = activity_levels(population.activity)
+        counts = known_counts(population, levels, source, private)
+    if strategy.sampler == "uniform":
+        return UniformSampler(len(population), cohort_size, counts=counts, seed=seed)
+    if strategy.sampler == "fixed_size":
+        return FixedSizeSampler(len(population), cohort_size, counts=counts, seed=seed)
+    raise ConfigError(
+        f"sampler={strategy.sampler!r} is unknown: use activity, uniform or fixed_size"
     )
-    kinds = {"uniform": UniformSampler, "fixed_size": FixedSizeSampler}
-    if strategy.sampler not in kinds:
-        raise ConfigError(f"sampler={strategy.sampler!r} is unknown: use activity, uniform, fixed_size")
-    return kinds[strategy.sampler](len(population), cohort_size, counts=counts, seed=seed)
 
 
 def known_counts(
@@ -281,19 +157,8 @@ def known_counts(
     return exact_counts(levels)
 
 
-def _everywhere(rate: float) -> dict[int, float]:
-    return dict.fromkeys(range(MAX_LEVEL + 1), rate)
-
-
 def _members(levels: NDArray[np.uint8]) -> list[NDArray[np.int32]]:
     """Device ids of each level, in order: a stable counting sort without its 64-bit index."""
     if len(levels) and int(levels.max()) > MAX_LEVEL:
         raise ConfigError(f"level {int(levels.max())} is above {MAX_LEVEL}, the last one")
     return [np.flatnonzero(levels == level).astype(np.int32) for level in range(MAX_LEVEL + 1)]
-
-
-def _chosen(generator: np.random.Generator, among: int, size: int) -> NDArray[np.int64]:
-    """`size` of the numbers below `among`, uniformly without replacement, sorted."""
-    if size == 0:
-        return np.zeros(0, dtype=np.int64)
-    return np.sort(generator.choice(among, size=size, replace=False, shuffle=False))
