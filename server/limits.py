@@ -90,19 +90,6 @@ def validate(cfg: DictConfig) -> list[str]:
     return list(_warnings(cfg))
 
 
-def delta_warning(delta: float, devices: int) -> str | None:
-    """The warning that `delta` deserves for so many devices, or None.
-
-    A mechanism that publishes one device's data outright, chosen at random, is (0, 1/devices)-DP.
-    """
-    if delta < 1 / devices:
-        return None
-    return (
-        f"privacy.device.delta={delta:g} is not below 1/devices={1 / devices:.3g}: at such a delta "
-        "a device may be revealed outright; set a smaller privacy.device.delta"
-    )
-
-
 def _check_limit(cfg: DictConfig, key: str, limit: Limit) -> None:
     value = OmegaConf.select(cfg, key)
     words, holds = limit
@@ -130,7 +117,7 @@ def _check_vocabulary(cfg: DictConfig) -> None:
 
 
 def _check_cohort(cfg: DictConfig) -> None:
-    devices = declared_devices(cfg)
+    devices = _declared_devices(cfg)
     if devices is not None and cfg.cohort_size > devices:
         raise ConfigError(
             f"cohort_size={cfg.cohort_size} is more than population.devices={devices}: "
@@ -138,7 +125,7 @@ def _check_cohort(cfg: DictConfig) -> None:
         )
 
 
-def declared_devices(cfg: DictConfig) -> int | None:
+def _declared_devices(cfg: DictConfig) -> int | None:
     """Training devices, where the settings say how many; None where the data will."""
     if OmegaConf.select(cfg, "population.users") in ("auto", "natural"):
         return None
@@ -180,8 +167,3 @@ def _warnings(cfg: DictConfig) -> Iterator[str]:
                 f"{here}.epsilon={layer.epsilon:g} is above {here}.max_epsilon="
                 f"{layer.max_epsilon:g}: the run will stop before its last round"
             )
-    device, devices = cfg.privacy.device, declared_devices(cfg)
-    if device.enabled and device.delta and devices:
-        warning = delta_warning(device.delta, devices)
-        if warning:
-            yield warning

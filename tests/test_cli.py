@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from sottovoce.client.errors import ConfigError, DataError, RunError
 from sottovoce.server import cli, placement
 from sottovoce.server.config import register
-from sottovoce.server.limits import delta_warning, validate
+from sottovoce.server.limits import validate
 
 CONFIGS = Path(cli.__file__).parent.parent / "configs"
 Output = tuple[int, str, str]
@@ -350,13 +350,6 @@ def test_an_interrupt_is_one_line(sottovoce: Callable[..., Output], simulated: R
 
 
 # -- settings that warn ----------------------------------------------------------------------------
-
-
-def test_a_delta_that_lets_a_device_be_revealed_is_named() -> None:
-    (warning,) = validate(composed("population.devices=1000", "privacy.device.delta=0.002"))
-    assert "privacy.device.delta=0.002" in warning
-    assert delta_warning(0.0009, 1000) is None
-    assert delta_warning(0.001, 1000) is not None
 
 
 def test_noise_of_zero_and_a_target_above_the_budget_are_named() -> None:
