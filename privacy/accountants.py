@@ -17,8 +17,8 @@ than N(1) and N(0), and divergences are jointly convex over n. So `zero_out` wit
 is accounted by it. A mechanism whose total noise is the same whoever takes part (own noise topped
 up to a constant) has the first pair and may record `add_remove`.
 
-Poisson sampling under replace-one: the pair of dp-accounting, (1-q) N(0) + q N(1) against (1-q) N(0)
-+ q N(-1), by `pld` only. Fixed size without replacement, under replace-one with twice the
+Poisson sampling under replace-one: dp-accounting's pair, (1-q) N(0) + q N(1) against (1-q) N(0) +
+q N(-1), by `pld` only. Fixed size without replacement, under replace-one with twice the
 sensitivity: `rdp` by Wang et al. 2019, arXiv:1808.00087, theorem 27; `pld` is the smaller of that
 bound and of composition without any amplification.
 
