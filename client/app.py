@@ -27,4 +27,4 @@ def fleet_of(settings: str, context: Context) -> Fleet:
     """The fleet behind a node; built once per process and run."""
     from sottovoce.simulations.experiment import simulated_fleet
 
-    return simulated_fleet(settings, context.node_config)
+    return simulated_fleet(settings, context.node_config, context.run_id)

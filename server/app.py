@@ -1,17 +1,33 @@
 """The Flower ServerApp: the same coordinator on every grid.
 
 In process, `sottovoce simulate` hands over a run folder. Under Flower's own runtime (`flwr run .`)
-the settings come from the app's `overrides`, and the folder is made here.
+the settings come from the app's `overrides`, written as on the command line of `simulate`, and the
+folder is made where the SuperLink was started.
 """
 
 from __future__ import annotations
 
+import shlex
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
+from omegaconf import DictConfig
+from rich.console import Console
 
+from sottovoce.client.errors import RunError
+from sottovoce.server.checkpoints import write_atomic
+from sottovoce.server.limits import validate
+from sottovoce.server.placement import discard_unstarted, new_folder, resumed
+from sottovoce.server.progress import final_table
+from sottovoce.server.settings import compose
+from sottovoce.server.setup import settings_text
 from sottovoce.server.training import Outcome, continue_run, start_run
+
+FLEETS_TIMEOUT_S = 60.0
 
 app = ServerApp()
 
@@ -22,21 +38,56 @@ outcomes: dict[str, Outcome] = {}  # by run folder: how runs of this process end
 def main(grid: Grid, context: Context) -> None:
     """Start or continue the run that `context.run_config` names."""
     given = context.run_config
-    folder = Path(str(given["folder"])) if "folder" in given else new_run(str(given["overrides"]))
-    run = continue_run if given.get("resume") else start_run
-    outcomes[str(folder)] = run(grid, folder)
+    if "folder" in given:
+        run = continue_run if given.get("resume") else start_run
+        outcomes[str(given["folder"])] = run(grid, Path(str(given["folder"])))
+    else:
+        run_on_flower(grid, shlex.split(str(given["overrides"])), int(given.get("fleets", 1)))
 
 
-def new_run(overrides: str) -> Path:
-    """A new run folder with the settings that `overrides` (as on the command line) make."""
-    from sottovoce.server.checkpoints import write_atomic
-    from sottovoce.server.limits import validate
-    from sottovoce.server.placement import new_folder
-    from sottovoce.server.setup import settings_text
-    from sottovoce.server.settings import compose
+def run_on_flower(grid: Grid, overrides: Sequence[str], fleets: int) -> Outcome:
+    """A run, or with `resume=RUN` the rest of one, under Flower's runtime; its end is printed.
 
-    config = compose(overrides.split())
+    `overrides`: settings of `sottovoce simulate`. `fleets`: nodes to wait for before round 1.
+    """
+    torch.set_num_threads(1)
+    config, folder = compose(overrides), None
+    if config.resume is not None:
+        config, folder = resumed(config, overrides)
     validate(config)
-    folder = new_folder(config.run.dir)
+    wait_for_fleets(grid, fleets)
+    console = Console(soft_wrap=True, highlight=False)
+    if folder is None:
+        folder = new_folder(config.run.dir)
+        console.print(f"run: {folder.resolve()}", markup=False)
+        outcome = start_new(grid, folder, config)
+    else:
+        outcome = continue_run(grid, folder)
+    report = folder.resolve() / "report.html" if config.run.report else None
+    console.print(final_table(outcome.summary, report))
+    if outcome.reason:
+        console.print(outcome.reason, markup=False)
+    return outcome
+
+
+def start_new(grid: Grid, folder: Path, config: DictConfig) -> Outcome:
+    """Run `config` in the new `folder`; its dated folder is removed if it cannot begin."""
     write_atomic(folder / "config.yaml", settings_text(config).encode())
-    return folder
+    try:
+        return start_run(grid, folder)
+    except Exception:
+        if config.run.dir is None:
+            discard_unstarted(folder)
+        raise
+
+
+def wait_for_fleets(grid: Grid, fleets: int, timeout_s: float = FLEETS_TIMEOUT_S) -> None:
+    """Return when `fleets` nodes are connected; RunError when they are not within `timeout_s`."""
+    deadline = time.monotonic() + timeout_s
+    while (connected := len(list(grid.get_node_ids()))) < fleets:
+        if time.monotonic() > deadline:
+            raise RunError(
+                f"{connected} of fleets={fleets} nodes connected within {timeout_s:g} s: start "
+                "more with flower-supernode, or set fleets lower"
+            )
+        time.sleep(0.5)

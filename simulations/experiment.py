@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from sottovoce.client.batches import BatchPlan
+from sottovoce.client.errors import ConfigError
 from sottovoce.client.fleet import ExampleClipping, LocalTraining
 from sottovoce.client.models import make_model
 from sottovoce.client.tasks import Task, make_task
@@ -73,11 +74,19 @@ def build_model(config: DictConfig, task: Task) -> nn.Module:
 
 
 def local_training(config: DictConfig) -> LocalTraining:
-    """What a device does with its examples, from `strategy` and `privacy` settings."""
+    """What a device does with its examples, from `strategy` and `privacy` settings.
+
+    Raises ConfigError where on-device steps are to be private and their noise is not given.
+    """
     strategy, privacy = config.strategy, config.privacy
     example = None
     if privacy.example.enabled:
-        example = ExampleClipping(privacy.example.clip_norm, privacy.example.noise_multiplier or 0.0)
+        if privacy.example.noise_multiplier is None:
+            raise ConfigError(
+                f"privacy.example.epsilon={privacy.example.epsilon} cannot choose the noise of "
+                "on-device steps: set privacy.example.noise_multiplier instead"
+            )
+        example = ExampleClipping(privacy.example.clip_norm, privacy.example.noise_multiplier)
     plan = BatchPlan(
         batch_size=strategy.batch_size,
         local_epochs=strategy.local_epochs,
@@ -88,24 +97,22 @@ def local_training(config: DictConfig) -> LocalTraining:
     return LocalTraining(strategy.learning_rate, plan, example, clip)
 
 
-_fleets: dict[tuple[str, str], SimulatedFleet] = {}
+_fleets: dict[tuple[int, str, str], SimulatedFleet] = {}
 
 
-def simulated_fleet(config_text: str, node_config: UserConfig) -> SimulatedFleet:
-    """The fleet of a node for a run's settings; the last one is kept for the next round.
+def simulated_fleet(config_text: str, node_config: UserConfig, run_id: int) -> SimulatedFleet:
+    """The fleet of a node for a run's settings; the last one is kept for the run's next round.
 
-    The in-process grid's node shares the run's noise secret (`secret-folder`); a node of its own
-    has its own from the operating system, unless the run is seeded.
+    The in-process grid's nodes share the run's noise secret (`secret-folder`); a node of its own
+    has its own from the operating system, unless the run is seeded. torch computes in
+    one thread, as in `sottovoce simulate`.
     """
     folder = str(node_config.get(SECRET_FOLDER, ""))
-    key = (config_text, folder)
+    key = (run_id, config_text, folder)
     if key not in _fleets:
+        torch.set_num_threads(1)
         experiment = build_experiment(config_text)
-        seed = experiment.config.seed
-        if folder:
-            source = NoiseSource.load(Path(folder))
-        else:
-            source = NoiseSource.from_system() if seed is None else NoiseSource.from_seed(seed)
+        source = noise_source(experiment.config.seed, folder)
         _fleets.clear()
         _fleets[key] = SimulatedFleet(
             experiment.population,
@@ -115,3 +122,10 @@ def simulated_fleet(config_text: str, node_config: UserConfig) -> SimulatedFleet
             source,
         )
     return _fleets[key]
+
+
+def noise_source(seed: int | None, folder: str) -> NoiseSource:
+    """The randomness of a fleet: kept in `folder`, else of the seed, else fresh."""
+    if folder:
+        return NoiseSource.load(Path(folder))
+    return NoiseSource.from_system() if seed is None else NoiseSource.from_seed(seed)
