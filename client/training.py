@@ -24,12 +24,16 @@ from sottovoce.privacy.engine import backward, clip_factors
 from sottovoce.privacy.grouping import Grouped, group
 
 
+PASS_COST = 24
+
+
 @dataclass
 class GroupData:
     """The batches of K devices. `null` rows stand for nobody: they fill uneven steps.
 
-    `batch`: collated examples of all K devices, the null row last. `rows`: for each step, (K, B)
-    indices into the batch, padded with the null row. `touched`: (K, U) embedding rows that each
+    `batch`: collated examples of all K devices, the null row last; its `lengths` are the positions
+    that count in each row. `rows`: for each step, (K, B) indices into the batch, each device's from
+    its shortest example to its longest, filled up in front with the null row (length 0). `touched`: (K, U) embedding rows that each
     device uses, row 0 first, padded with 0; `touched_counts`: (K,). `steps`: (K,) steps of each.
     """
 
@@ -112,24 +116,37 @@ class GroupTrainer:
         self, data: GroupData, rows: NDArray[np.int64], tally: _Tally
     ) -> dict[str, Tensor]:
         """Learning rate times the (clipped) gradient sums over the batch size, by name."""
-        index = torch.from_numpy(rows.reshape(-1))
-        null = len(next(iter(data.batch.values()))) - 1
-        present = (index != null).to(torch.float32)
-        example = self.training.example
-        if index.numel() == 0:
-            return {n: torch.zeros_like(p) for n, p in self.grouped.parameters.items()}
-        if example is None:
-            counts = present.view(self.devices, -1).sum(1, keepdim=True).clamp_min(1.0)
-            weights = (present.view(self.devices, -1) / counts).view(-1)
+        signal = {n: torch.zeros_like(p.data) for n, p in self.grouped.parameters.items()}
+        null = len(data.batch["lengths"]) - 1
+        present = rows != null
+        weights = present.astype(np.float32)
+        factor = self.training.learning_rate
+        if self.training.example is None:
+            weights /= np.maximum(present.sum(axis=1, keepdims=True), 1)
         else:
-            weights = present
-        losses = self.task.losses(self.grouped.module, _rows_of(data.batch, index))
+            factor /= self.training.plan.batch_size
+        lengths = data.batch["lengths"].numpy()[rows]
+        for part in length_buckets(lengths):
+            index = torch.from_numpy(rows[:, part].reshape(-1))
+            sums = self._backward(
+                shortened(data.batch, index),
+                torch.from_numpy(weights[:, part].reshape(-1)),
+                torch.from_numpy(present[:, part].reshape(-1)),
+                tally,
+            )
+            for name, total in sums.items():
+                signal[name].add_(total, alpha=factor)
+        return signal
+
+    def _backward(
+        self, batch: Batch, weights: Tensor, present: Tensor, tally: _Tally
+    ) -> dict[str, Tensor]:
+        example = self.training.example
         clip = None if example is None else example.clip_norm
+        losses = self.task.losses(self.grouped.module, batch)
         result = backward(self.grouped, losses * weights, clip, self.devices)
         tally.add(losses.detach(), present, result.norms, clip)
-        factor = self.training.learning_rate
-        factor /= 1.0 if example is None else self.training.plan.batch_size
-        return {name: total.mul_(factor) for name, total in result.sums.items()}
+        return result.sums
 
     def _project(self, part: dict[str, Tensor], steps: NDArray[np.int64]) -> Tensor:
         """Clip each device's step to S / steps, before its noise. Returns who was clipped."""
@@ -190,7 +207,7 @@ class _Tally:
         self.loss, self.examples, self.clipped = 0.0, 0, 0
 
     def add(self, losses: Tensor, present: Tensor, norms: Tensor, clip: float | None) -> None:
-        self.loss += float(torch.where(present > 0, losses, 0.0).nan_to_num().sum())
+        self.loss += float(torch.where(present, losses, 0.0).nan_to_num().sum())
         self.examples += int(present.sum())
         if clip is not None:
             self.clipped += int((norms > clip).sum())
@@ -222,5 +239,30 @@ def _scale(tensors: dict[str, Tensor], factors: Tensor) -> None:
         tensor.mul_(factors.view(-1, *[1] * (tensor.dim() - 1)))
 
 
-def _rows_of(batch: Batch, index: Tensor) -> Batch:
-    return {name: tensor[index] for name, tensor in batch.items()}
+def length_buckets(lengths: NDArray[np.int64]) -> list[slice]:
+    """Columns of a step cut in two where that saves the most padding.
+
+    `lengths`: (K, B), ascending along each row. Clipped sums add up over any division of the
+    rows, so a cut changes nothing but cost, taken as rows times longest row; a pass of its own
+    costs about as much as `PASS_COST` positions of every device.
+    """
+    columns = lengths.shape[1]
+    if columns == 0:
+        return []
+    longest = np.maximum(lengths.max(axis=0), 1)
+    cuts = np.arange(1, columns)
+    costs = cuts * longest[cuts - 1] + (columns - cuts) * longest[-1] + PASS_COST
+    if not len(cuts) or costs.min() >= columns * longest[-1]:
+        return [slice(0, columns)]
+    at = int(cuts[costs.argmin()])
+    return [slice(0, at), slice(at, columns)]
+
+
+def shortened(batch: Batch, index: Tensor) -> Batch:
+    """The batch's rows at `index`, without the padding that none of them needs."""
+    lengths = batch["lengths"][index]
+    longest = max(int(lengths.max()), 1)
+    return {
+        name: tensor[:, :longest][index] if tensor.dim() > 1 else tensor[index]
+        for name, tensor in batch.items()
+    }

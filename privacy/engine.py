@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sottovoce.client.errors import UnsupportedLayer
-from sottovoce.privacy.factors import clipped_sum, squared_norms, wide, zero_rows
+from sottovoce.privacy.factors import Grams, clipped_sum, squared_norms, wide, zero_rows
 from sottovoce.privacy.grouping import REMEDIES, Grouped, track
 
 # Float32 rounding may carry a rescaled gradient past the threshold; one part in a million less
@@ -88,9 +88,9 @@ def _assemble(
     scale = wide(sample.new_empty(0)).new_ones(rows)
     norms = finite = scale.new_zeros(0)
     if clip_norm is not None:
-        norms = torch.sqrt(
-            sum((squared_norms(uses) for uses in factors.values()), scale.new_zeros(rows))
-        )
+        grams: Grams = {}
+        squares = (squared_norms(uses, grams) for uses in factors.values())
+        norms = torch.sqrt(sum(squares, scale.new_zeros(rows)))
         finite = torch.isfinite(norms)
         if not bool(finite.all()):
             factors = {name: zero_rows(uses, finite) for name, uses in factors.items()}

@@ -54,10 +54,18 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
-def squared_norms(factors: list[Factor]) -> Tensor:
-    """(rows,) squared norm of each row's gradient of one parameter, over all its uses."""
+# By id: the tensor, kept alive so that no other can take its id, and its Gram product.
+Grams = dict[int, tuple[Tensor, Tensor]]
+
+
+def squared_norms(factors: list[Factor], grams: Grams) -> Tensor:
+    """(rows,) squared norm of each row's gradient of one parameter, over all its uses.
+
+    `grams`: Gram products of output gradients seen so far in this pass, by id of the tensor: an
+    LSTM's two matrices share theirs.
+    """
     merged = merge(factors)
-    total = sum((_own_norm(factor) for factor in merged), torch.zeros(()))
+    total = sum((_own_norm(factor, grams) for factor in merged), torch.zeros(()))
     if len(merged) == 2:
         total = total + 2 * _cross_term(merged)
     return total.clamp_min(0.0)
@@ -119,25 +127,30 @@ def merge(factors: list[Factor]) -> list[Factor]:
     return merged
 
 
-def _own_norm(factor: Factor) -> Tensor:
+def _own_norm(factor: Factor, grams: Grams) -> Tensor:
     if isinstance(factor, Direct):
         return wide(factor.grad).flatten(1).pow(2).sum(1)
     if isinstance(factor, OneHot):
         return _onehot_norm(factor.index, wide(factor.g))
-    return _dense_norm(wide(factor.x), wide(factor.g))
+    return _dense_norm(factor, grams)
 
 
-def _dense_norm(x: Tensor, g: Tensor) -> Tensor:
+def _dense_norm(factor: Dense, grams: Grams) -> Tensor:
+    x, g = wide(factor.x), wide(factor.g)
     rows, length, width = x.shape
     out = g.shape[2]
     if length == 1:
         return x.pow(2).sum((1, 2)) * g.pow(2).sum((1, 2))
     gram = length * (width + out) <= width * out
     per_row = 4 * (2 * length * length if gram else width * out)
+    step = max(1, DIRECT_BYTES // per_row)
+    if gram and rows <= step:
+        if id(factor.g) not in grams:
+            grams[id(factor.g)] = (factor.g, torch.bmm(g, g.transpose(1, 2)))
+        return torch.bmm(x, x.transpose(1, 2)).mul_(grams[id(factor.g)][1]).sum((1, 2))
     parts = []
-    for start in range(0, rows, max(1, DIRECT_BYTES // per_row)):
-        chunk = slice(start, start + max(1, DIRECT_BYTES // per_row))
-        xs, gs = x[chunk], g[chunk]
+    for start in range(0, rows, step):
+        xs, gs = x[start : start + step], g[start : start + step]
         if gram:
             product = torch.bmm(xs, xs.transpose(1, 2)).mul_(torch.bmm(gs, gs.transpose(1, 2)))
             parts.append(product.sum((1, 2)))

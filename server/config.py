@@ -110,12 +110,16 @@ class PrivacyConfig:
 
 @dataclass
 class RunConfig:
-    """What is measured and kept. `dir: null` is runs/<date>/<time>."""
+    """What is measured and kept. `dir: null` is runs/<date>/<time>.
+
+    `workers`: threads that train devices, or `auto` for one per core; no result depends on it.
+    """
 
     evaluate_every: int = 5
     evaluation_devices: int = 1000
     checkpoint_every: int = 1
     keep_checkpoints: int = 2
+    workers: int | str = "auto"
     dir: str | None = None
     progress: bool = True
     report: bool = True

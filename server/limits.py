@@ -83,6 +83,7 @@ def validate(cfg: DictConfig) -> list[str]:
         _check_limit(cfg, key, limit)
     for key, choices in CHOICES.items():
         _check_choice(cfg, key, choices)
+    _check_workers(cfg)
     _check_vocabulary(cfg)
     _check_cohort(cfg)
     for unit in ("device", "example"):
@@ -101,6 +102,12 @@ def _check_choice(cfg: DictConfig, key: str, choices: tuple[str, ...]) -> None:
     value = OmegaConf.select(cfg, key)
     if value is not None and value not in choices:
         raise ConfigError(f"{key}={value} does not exist: choose {' or '.join(choices)}")
+
+
+def _check_workers(cfg: DictConfig) -> None:
+    workers = cfg.run.workers
+    if workers != "auto" and not (isinstance(workers, int) and workers >= 1):
+        raise ConfigError(f"run.workers={workers} must be a number of threads, or auto")
 
 
 def _check_vocabulary(cfg: DictConfig) -> None:

@@ -92,12 +92,13 @@ def cut_group(
     """The data of devices `first:first + devices` of a chunk; short groups are padded."""
     draws = chunk.draws[first : first + devices]
     low, high = int(chunk.starts[first]), int(chunk.starts[first + len(draws)])
-    batch = _trimmed({n: torch.cat([t[low:high], t[-1:]]) for n, t in chunk.batch.items()})
+    batch = {name: torch.cat([t[low:high], t[-1:]]) for name, t in chunk.batch.items()}
+    lengths = batch["lengths"].numpy()
     null = high - low
     steps = np.zeros(devices, dtype=np.int64)
     steps[: len(draws)] = [len(draw.steps) for draw in draws]
     rows = [
-        _step_rows(chunk, first, step, devices, null) for step in range(int(steps.max(initial=0)))
+        _step_rows(chunk, first, step, devices, lengths) for step in range(int(steps.max(initial=0)))
     ]
     touched, counts = np.zeros((devices, 1), dtype=np.int64), np.ones(devices, dtype=np.int64)
     if table_input is not None:
@@ -110,26 +111,24 @@ def cut_group(
     return GroupData(batch, rows, touched, counts, steps)
 
 
-def _step_rows(chunk: Chunk, first: int, step: int, devices: int, null: int) -> NDArray[np.int64]:
-    """(K, B) rows of one step, B the largest batch among the devices."""
+def _step_rows(
+    chunk: Chunk, first: int, step: int, devices: int, lengths: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """(K, B) rows of one step, shortest first; B is the largest batch among the devices."""
     found = []
     for k in range(first, min(first + devices, len(chunk.draws))):
         draw = chunk.draws[k]
         if step < len(draw.steps):
             at = np.searchsorted(chunk.numbers[k], draw.steps[step])
-            found.append(at + (chunk.starts[k] - chunk.starts[first]))
+            row = at + (chunk.starts[k] - chunk.starts[first])
+            found.append(row[np.argsort(lengths[row], kind="stable")])
         else:
             found.append(np.zeros(0, dtype=np.int64))
-    rows = np.full((devices, max(len(r) for r in found)), null, dtype=np.int64)
+    width = max(len(row) for row in found)
+    rows = np.full((devices, width), len(lengths) - 1, dtype=np.int64)
     for k, row in enumerate(found):
-        rows[k, : len(row)] = row
+        rows[k, width - len(row) :] = row
     return rows
-
-
-def _trimmed(batch: Batch) -> Batch:
-    """Cut the padding that no row of the group needs."""
-    longest = max(int(batch["lengths"].max()), 1)
-    return {n: t[:, :longest] if t.dim() > 1 else t for n, t in batch.items()}
 
 
 def _cut_table(

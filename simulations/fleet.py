@@ -7,6 +7,9 @@ device) alone: not on the group it trained in, on padding, or on the order of de
 from __future__ import annotations
 
 import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -21,14 +24,18 @@ from sottovoce.simulations.cohort import Chunk, Draw, chunks, cut_group, draw_co
 from sottovoce.simulations.population import Population
 
 CHUNK_DEVICES = 512
-CANDIDATES = (8, 16, 32, 64)
+CANDIDATES = (8, 16, 32)
+USUAL = 16
+TRIALS = 3
+
+Trained = tuple[list[Draw], GroupData, LocalUpdates]
 
 
 class SimulatedFleet(Fleet):
     """Virtual devices of a population.
 
     `source`: keyed randomness of batches and of on-device noise. `group_size`: devices that train
-    at once; None lets the fleet choose (`GroupSize`).
+    at once; None lets the fleet choose (`GroupSize`). `workers`: threads that train groups.
 
     *Guarantee*: with `training.example`, each local step is a Gaussian mechanism of sensitivity
     clip_norm for the example unit under add/remove, at the Poisson rate of the device's level; the
@@ -48,11 +55,12 @@ class SimulatedFleet(Fleet):
         training: LocalTraining,
         source: NoiseSource,
         group_size: int | None = None,
+        workers: int = 1,
     ) -> None:
         self.population, self.task, self.model = population, task, model
-        self.training, self.source = training, source
+        self.training, self.source, self.workers = training, source, workers
         self.size = GroupSize(group_size, fixed=source.reproducible)
-        self._trainers: dict[int, GroupTrainer] = {}
+        self._idle: dict[int, list[GroupTrainer]] = {}
 
     def train(
         self, parameters: dict[str, Tensor], devices: NDArray[np.int64], server_round: int
@@ -61,17 +69,35 @@ class SimulatedFleet(Fleet):
             self.population, devices, self.training.plan, server_round, self.source
         )
         total = RoundSum(self.model, self.training)
+        for group_draws, data, updates in self._trained(parameters, draws, server_round):
+            total.add(group_draws, data, updates)
+        first_device = int(devices.min()) if len(devices) else 0
+        return total.reply(self.source.generator("untouched rows", server_round, first_device))
+
+    def _trained(
+        self, parameters: dict[str, Tensor], draws: list[Draw], server_round: int
+    ) -> Iterator[Trained]:
+        """Every group trained, in order: sums do not depend on the number of workers."""
+        groups = self._groups(draws)
+        with ThreadPoolExecutor(self.workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            waiting: deque[Future[Trained]] = deque()
+            for chunk, first, size in groups:
+                waiting.append(
+                    pool.submit(self._train_group, parameters, chunk, first, size, server_round)
+                )
+                if len(waiting) > self.workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+
+    def _groups(self, draws: list[Draw]) -> Iterator[tuple[Chunk, int, int]]:
+        """(chunk, first device, devices) of each group."""
         for chunk in chunks(self.population, self.task, draws, CHUNK_DEVICES):
             first = 0
             while first < len(chunk.draws):
                 size = self.size.next()
-                began = time.perf_counter()
-                self._train_group(parameters, chunk, first, size, server_round, total)
-                done = min(size, len(chunk.draws) - first)
-                self.size.measured(size, done, time.perf_counter() - began)
+                yield chunk, first, size
                 first += size
-        first_device = int(devices.min()) if len(devices) else 0
-        return total.reply(self.source.generator("untouched rows", server_round, first_device))
 
     def _train_group(
         self,
@@ -80,16 +106,17 @@ class SimulatedFleet(Fleet):
         first: int,
         size: int,
         server_round: int,
-        total: RoundSum,
-    ) -> None:
-        if size not in self._trainers:
-            self._trainers[size] = GroupTrainer(self.model, self.task, self.training, size)
-        trainer = self._trainers[size]
+    ) -> Trained:
+        began = time.perf_counter()
+        idle = self._idle.setdefault(size, [])
+        trainer = idle.pop() if idle else GroupTrainer(self.model, self.task, self.training, size)
         vocabulary = parameters[trainer.table].shape[0] if trainer.table else 0
         data = cut_group(chunk, first, size, trainer.table_input, vocabulary)
         draws = chunk.draws[first : first + size]
         updates = trainer.train(parameters, data, self._generators(draws, server_round))
-        total.add(draws, data, updates)
+        idle.append(trainer)
+        self.size.measured(size, len(draws), time.perf_counter() - began)
+        return draws, data, updates
 
     def _generators(self, draws: list[Draw], server_round: int) -> list[np.random.Generator] | None:
         example = self.training.example
@@ -170,18 +197,19 @@ class GroupSize:
     """
 
     def __init__(self, size: int | None, *, fixed: bool) -> None:
-        self.chosen: int | None = size or (32 if fixed else None)
-        self._trials = [size for size in CANDIDATES for _ in range(3)]
+        self.chosen: int | None = size or (USUAL if fixed else None)
+        self._trials = [size for size in CANDIDATES for _ in range(TRIALS)]
         self._seconds: dict[int, list[float]] = {size: [] for size in CANDIDATES}
 
     def next(self) -> int:
-        return self.chosen or self._trials[0]
+        if self.chosen is not None:
+            return self.chosen
+        return self._trials.pop(0) if self._trials else USUAL
 
     def measured(self, size: int, devices: int, seconds: float) -> None:
         """Note how long a group took; a size's first group warms up and does not count."""
         if self.chosen is not None:
             return
-        self._trials.pop(0)
         self._seconds[size].append(seconds / devices)
-        if not self._trials:
+        if all(len(seconds) >= TRIALS for seconds in self._seconds.values()):
             self.chosen = min(CANDIDATES, key=lambda s: min(self._seconds[s][1:]))
