@@ -11,6 +11,7 @@ algorithm 1), with the clipped sum from one backward pass (`sottovoce.privacy.en
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -54,10 +55,12 @@ class EDPSGD:
     ) -> None:
         for name, value in (("lr", lr), ("clip_norm", clip_norm),
                             ("expected_batch_size", expected_batch_size)):
-            if not value > 0:
-                raise ValueError(f"{name}={value} must be above 0")
-        if not noise_multiplier >= 0:
-            raise ValueError(f"noise_multiplier={noise_multiplier} must be 0 or more")
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name}={value} must be above 0 and finite")
+        if not 0 <= noise_multiplier < math.inf:
+            raise ValueError(f"noise_multiplier={noise_multiplier} must be 0 or more and finite")
+        if sampling_rate is not None and not 0 < sampling_rate <= 1:
+            raise ValueError(f"sampling_rate={sampling_rate} must be above 0 and at most 1")
         self._grouped = track(model)
         self.lr, self.clip_norm, self.noise_multiplier = lr, clip_norm, noise_multiplier
         self.expected_batch_size, self.sampling_rate = expected_batch_size, sampling_rate
@@ -87,7 +90,8 @@ class EDPSGD:
                 )
                 if name in sums:
                     release = release + sums[name][0]
-                parameter.sub_(release.to(parameter.dtype), alpha=self.lr / self.expected_batch_size)
+                step = self.lr / self.expected_batch_size
+                parameter.sub_(release.to(parameter.dtype), alpha=step)
         return norms
 
     def _sums(self, losses: Tensor) -> tuple[dict[str, Tensor], Tensor]:

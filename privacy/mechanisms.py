@@ -52,14 +52,20 @@ class DeviceMechanism:
     def release(
         self, sums: Tensors, local_variance: float, generator: np.random.Generator
     ) -> Tensors:
-        """The noised sums. `local_variance`: variance that the devices' own noise brought in."""
+        """The noised sums. `local_variance`: variance that the devices' own noise brought in.
+
+        Noise is drawn name by name in alphabetical order, whatever the order of `sums`.
+        """
         missing = self.deviation**2 - local_variance
         within = local_variance <= self.local_variance_bound * (1 + 1e-9)
         scale = math.sqrt(max(missing, 0.0)) if within else self.deviation
+        noise = {
+            name: generator.standard_normal(tuple(sums[name].shape), dtype=np.float32)
+            for name in sorted(sums)
+        }
         return {
             name: (value if within else torch.zeros_like(value))
-            + torch.from_numpy(generator.standard_normal(tuple(value.shape), dtype=np.float32))
-            * scale
+            + torch.as_tensor(noise[name]) * scale
             for name, value in sums.items()
         }
 

@@ -53,6 +53,7 @@ class NoiseSource:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder / SECRET_FILE, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with os.fdopen(descriptor, "w") as file:
+            os.fchmod(file.fileno(), 0o600)  # for a file that was there before
             json.dump({"secret": self.secret.hex(), "reproducible": self.reproducible}, file)
             file.flush()
             os.fsync(file.fileno())

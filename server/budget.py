@@ -5,12 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from sottovoce.privacy.events import Event
+from sottovoce.privacy.events import OBSERVERS, Event, GaussianEvent, Observer
 from sottovoce.privacy.ledger import Ledger
 from sottovoce.privacy.tracker import EpsilonTracker
 from sottovoce.strategies.noised_sum import NoisedSum
 
-OBSERVER = {"device": "release", "example": "server"}
+OBSERVER: dict[str, Observer] = {"device": "release", "example": "server"}
+
+
+def touched(ledger: Ledger, unit: str) -> bool:
+    """Whether anything that the unit's observer sees was released about `unit` so far.
+
+    An accountant calls a unit unprotected that no event protects; before a run's first event of a
+    kind it is untouched.
+    """
+    seen = OBSERVERS[: OBSERVERS.index(OBSERVER[unit]) + 1]
+    return any(
+        event.unit == unit and (isinstance(event, GaussianEvent) or event.observer in seen)
+        for event in ledger.events
+    )
 
 
 class RunBudget:
@@ -34,8 +47,11 @@ class RunBudget:
     def spent(self, ledger: Ledger) -> dict[str, float | None]:
         """`epsilon_device` and `epsilon_example` where they are claimed; None for infinity."""
         self._catch_up(ledger)
-        found = {f"epsilon_{unit}": t.epsilon() for unit, t in self._trackers.items()}
-        return {name: value if math.isfinite(value) else None for name, value in found.items()}
+        found = {}
+        for unit, tracker in self._trackers.items():
+            value = tracker.epsilon() if touched(ledger, unit) else 0.0
+            found[f"epsilon_{unit}"] = value if math.isfinite(value) else None
+        return found
 
     def exceeded_by(self, strategy: NoisedSum) -> str | None:
         """Why the next round may not run: it could pass a limit. None if it may."""

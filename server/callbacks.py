@@ -6,6 +6,7 @@ The ledger goes to disk first, so that nothing is ever released that it does not
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,18 +38,18 @@ class MetricsFile:
 
     def on_round(self, state: RunState, record: Record) -> None:
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(_line(record))
 
     def keep_until(self, last_round: int) -> None:
         """Drop the records of rounds after `last_round`, which a resumed run will do again."""
-        kept = [r for r in read_metrics(self.path) if r["round"] <= last_round]
-        text = "".join(json.dumps(record) + "\n" for record in kept)
-        write_atomic(self.path, text.encode())
+        records = read_metrics(self.path) if self.path.exists() else []
+        kept = [record for record in records if record["round"] <= last_round]
+        write_atomic(self.path, "".join(map(_line, kept)).encode())
 
 
 @dataclass
 class Checkpoints:
-    """A checkpoint every `every` rounds; `latest` is the last round that has one."""
+    """A checkpoint every `every` rounds."""
 
     folder: Path
     every: int
@@ -68,3 +69,12 @@ class Bar:
     def on_round(self, state: RunState, record: Record) -> None:
         if state.round:
             self.progress.update(record)
+
+
+def _line(record: Record) -> str:
+    """A record as strict JSON: figures that are not finite become null."""
+    finite = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in record.items()
+    }
+    return json.dumps(finite, allow_nan=False) + "\n"

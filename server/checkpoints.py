@@ -15,7 +15,9 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -23,6 +25,8 @@ from sottovoce.client.errors import RunError
 from sottovoce.privacy.ledger import Ledger
 
 Tensors = dict[str, Tensor]
+
+DRAFTS = (".round-*", *(f".*.{kind}.*" for kind in ("json", "jsonl", "yaml", "safetensors")))
 
 
 @dataclass
@@ -47,7 +51,7 @@ def save_checkpoint(folder: Path, state: RunState, keep: int) -> Path:
         "ledger.json": json.dumps(state.ledger.to_json()).encode(),
     }
     sums = {name: hashlib.sha256(data).hexdigest() for name, data in parts.items()}
-    head = {"round": state.round, "sha256": sums}
+    head = {"round": state.round, "parameters": list(state.parameters), "sha256": sums}
     parts["state.json"] = json.dumps(head, indent=1).encode()
     draft = folder / f".{target.name}.{os.getpid()}"
     shutil.rmtree(draft, ignore_errors=True)
@@ -66,16 +70,26 @@ def save_checkpoint(folder: Path, state: RunState, keep: int) -> Path:
 def load_checkpoint(path: Path) -> RunState:
     """Read one checkpoint; RunError names the file that is missing or damaged."""
     try:
-        head = json.loads((path / "state.json").read_bytes())
-        parts = {name: (path / name).read_bytes() for name in head["sha256"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"checkpoint {path.name} cannot be read: {error}") from None
+        return _state(path, json.loads((path / "state.json").read_bytes()))
+    except RunError:
+        raise
+    except OSError as error:
+        name = Path(error.filename or path).name
+        reason = f"{name}: {error.strerror or error}"
+    except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        reason = f"{type(error).__name__}: {error}"
+    raise RunError(f"checkpoint {path.name} cannot be read ({reason})")
+
+
+def _state(path: Path, head: dict[str, Any]) -> RunState:
+    parts = {name: (path / name).read_bytes() for name in head["sha256"]}
     for name, data in parts.items():
         if hashlib.sha256(data).hexdigest() != head["sha256"][name]:
             raise RunError(f"checkpoint {path.name} is damaged: {name} does not match its checksum")
+    parameters = load(parts["model.safetensors"])
     return RunState(
         round=int(head["round"]),
-        parameters=load(parts["model.safetensors"]),
+        parameters={name: parameters[name] for name in head["parameters"]},  # the model's order
         optimizer=load(parts["optimizer.safetensors"]),
         participation=load(parts["participation.safetensors"]),
         ledger=Ledger.from_json(json.loads(parts["ledger.json"])),
@@ -92,7 +106,7 @@ def load_latest(folder: Path) -> tuple[RunState, list[str]]:
             complaints.append(f"{error}; taking the one before")
     raise RunError(
         f"{folder.parent} has no whole checkpoint to resume from"
-        + (f" ({complaints[-1].split(';')[0]})" if complaints else "")
+        + (f" ({complaints[0].split(';')[0]})" if complaints else "")
         + ": start a new run"
     )
 
@@ -110,6 +124,16 @@ def write_atomic(path: Path, data: bytes) -> None:
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     write_synced(draft, data)
     os.replace(draft, path)
+
+
+def discard_drafts(folder: Path) -> None:
+    """Remove from `folder` what a killed process was about to put in place."""
+    for pattern in DRAFTS:
+        for path in folder.glob(pattern):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def _finished(folder: Path) -> Iterator[Path]:

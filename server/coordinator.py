@@ -32,7 +32,7 @@ class Callback(Protocol):
 class Budget(Protocol):
     """The running cost of a ledger."""
 
-    def spent(self, ledger: Ledger) -> dict[str, float]: ...
+    def spent(self, ledger: Ledger) -> dict[str, float | None]: ...
 
     def exceeded_by(self, strategy: NoisedSum) -> str | None: ...
 
@@ -47,7 +47,7 @@ class Plan:
 
 @dataclass
 class Coordinator:
-    """Runs a strategy over a grid, from a state onwards.
+    """Runs a strategy over a grid, from a state onwards; the last state is always evaluated.
 
     `budget` gives the epsilon so far for the records, and the reason not to run another round.
     """
@@ -91,7 +91,7 @@ class Coordinator:
         if self.strategy.mechanism is not None:
             record["clip_norm"] = self.strategy.mechanism.clip_norm
         record["seconds"] = time.perf_counter() - began
-        last = number == self.plan.rounds
+        last = number == self.plan.rounds or self.budget.exceeded_by(self.strategy) is not None
         if last or number % self.plan.evaluate_every == 0:
             record |= self.evaluate(after.parameters)
         return after, record

@@ -10,13 +10,14 @@ from typing import Any
 from safetensors.torch import save
 
 from sottovoce.privacy.accountants import by_level, epsilon
-from sottovoce.server.budget import OBSERVER
+from sottovoce.server.budget import OBSERVER, touched
 from sottovoce.server.checkpoints import RunState, write_atomic
 from sottovoce.server.report import write_report
 from sottovoce.server.report_tables import environment
 from sottovoce.server.run_record import read_metrics
 from sottovoce.server.setup import Setup
 from sottovoce.simulations.experiment import Experiment
+from sottovoce.strategies.samplers import Sampler
 
 NOT_METRICS = {"round", "devices", "dropped", "examples", "seconds", "devices_by_level"}
 
@@ -44,10 +45,7 @@ def write_results(
         "headline": experiment.task.headline,
         "metrics": last_evaluation(records, experiment.task.headline),
         "epsilon": claims(setup, state),
-        "levels": [
-            {"level": level, "devices": setup.sampler.devices_by_level.get(level), "sampling_rate": rate}
-            for level, rate in sorted(setup.sampler.rates.items())
-        ],
+        "levels": levels(setup.sampler),
         "population": experiment.population.describe(),
         "vocabulary": {
             "source": experiment.vocabulary.source,
@@ -59,7 +57,7 @@ def write_results(
         "seconds": max(seconds, before),
         "peak_memory_mb": peak_memory_mb,
         "noise": noise_of(experiment),
-        "warnings": setup.warnings,
+        "warnings": setup.warnings + trouble(records, state.round),
         "environment": environment(),
     }
     _write_json(folder / "summary.json", summary)
@@ -68,16 +66,44 @@ def write_results(
     return summary
 
 
+def trouble(records: list[dict[str, Any]], rounds: int) -> list[str]:
+    """Lines about what went wrong in training but did not stop it."""
+    lines = []
+    dropped = sum(record.get("dropped", 0) for record in records)
+    if dropped:
+        asked = dropped + sum(record.get("devices", 0) for record in records)
+        lines.append(
+            f"{dropped} of {asked} updates were dropped, not finite or never answered: if training "
+            "diverges, lower strategy.learning_rate"
+        )
+    if any(r["round"] == rounds and "loss" in r and r["loss"] is None for r in records):
+        lines.append(
+            "the model's loss is not finite: training diverged; lower strategy.learning_rate or "
+            "strategy.server_learning_rate"
+        )
+    return lines
+
+
+def levels(sampler: Sampler) -> list[dict[str, Any]]:
+    """Devices (None where unknown) and sampling rate of each activity level."""
+    known = sampler.devices_by_level
+    return [
+        {"level": level, "devices": known.get(level), "sampling_rate": rate}
+        for level, rate in sorted(sampler.rates.items())
+    ]
+
+
 def claims(setup: Setup, state: RunState) -> dict[str, Any]:
     """Epsilon of each protected unit by the reference accountant, in all and by level."""
     found = {}
     for unit, delta in setup.budget.deltas.items():
-        observer = OBSERVER[unit]
+        observer, ledger = OBSERVER[unit], state.ledger
+        spent = touched(ledger, unit)
         found[unit] = {
-            "epsilon": epsilon(state.ledger, delta, unit=unit, observer=observer),
+            "epsilon": epsilon(ledger, delta, unit=unit, observer=observer) if spent else 0.0,
             "delta": delta,
             "observer": observer,
-            "by_level": by_level(state.ledger, delta, unit=unit, observer=observer),
+            "by_level": by_level(ledger, delta, unit=unit, observer=observer) if spent else [],
         }
     return found
 

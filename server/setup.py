@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from omegaconf import DictConfig, OmegaConf
@@ -10,12 +11,13 @@ from omegaconf import DictConfig, OmegaConf
 from sottovoce.client.errors import ConfigError
 from sottovoce.client.fleet import LocalTraining
 from sottovoce.privacy.calibration import calibrate_noise
-from sottovoce.privacy.events import GaussianEvent, NonPrivateRelease
+from sottovoce.privacy.events import GaussianEvent, NonPrivateRelease, Unit
 from sottovoce.privacy.ledger import Ledger
 from sottovoce.privacy.mechanisms import DeviceMechanism, variance_bound
 from sottovoce.privacy.noise import NoiseSource
 from sottovoce.server.budget import RunBudget
 from sottovoce.server.checkpoints import RunState
+from sottovoce.server.limits import validate
 from sottovoce.simulations.experiment import Experiment
 from sottovoce.strategies.levels import MAX_LEVEL
 from sottovoce.strategies.noised_sum import NoisedSum
@@ -23,6 +25,7 @@ from sottovoce.strategies.optimizers import make_server_optimizer
 from sottovoce.strategies.participation import Participation
 from sottovoce.strategies.samplers import Sampler, make_sampler
 
+UNITS: tuple[Unit, ...] = ("device", "example")
 OVERFLOW = 1e-18  # most that a round adds to delta when devices' own noise passes its bound
 
 
@@ -78,12 +81,12 @@ def public_deltas(config: DictConfig, devices: int) -> dict[str, float]:
     default = min(1e-5, 0.1 / devices)
     return {
         unit: config.privacy[unit].delta or default
-        for unit in ("device", "example")
+        for unit in UNITS
         if config.privacy[unit].enabled
     }
 
 
-def new_ledger(config: DictConfig, sampler: Sampler, deltas: dict[str, float]) -> Ledger:
+def new_ledger(config: DictConfig, sampler: Sampler, deltas: Mapping[str, float]) -> Ledger:
     """The ledger before round 1: what was spent on sampling, and what no noise protects."""
     ledger = Ledger(levels=sampler.devices_by_level, deltas=deltas, claims=dict(sampler.describe()))
     for event in sampler.events:
@@ -92,14 +95,14 @@ def new_ledger(config: DictConfig, sampler: Sampler, deltas: dict[str, float]) -
         ledger.append(NonPrivateRelease(
             purpose="each round's sum before central noise", unit="device", observer="server"))
     if config.task.vocabulary.source == "training_text":
-        for unit in deltas:
+        for unit in (unit for unit in UNITS if unit in deltas):
             ledger.append(NonPrivateRelease(
                 purpose="vocabulary read from the training text", unit=unit, observer="release"))
     return ledger
 
 
 def device_mechanism(
-    experiment: Experiment, sampler: Sampler, deltas: dict[str, float]
+    experiment: Experiment, sampler: Sampler, deltas: Mapping[str, float]
 ) -> DeviceMechanism | None:
     """The central mechanism, its noise found for the target epsilon if one is set."""
     privacy, rounds = experiment.config.privacy.device, experiment.config.rounds
@@ -145,10 +148,10 @@ def local_noise_bound(training: LocalTraining, sampler: Sampler) -> float:
     )
 
 
-def warnings(experiment: Experiment, deltas: dict[str, float]) -> list[str]:
+def warnings(experiment: Experiment, deltas: Mapping[str, float]) -> list[str]:
     """What a reader of the run must know, a line each."""
     devices = len(experiment.population)
-    lines = []
+    lines = validate(experiment.config)
     if deltas.get("device", 0.0) >= 1 / devices:
         lines.append(
             f"delta={deltas['device']:g} is not below 1/devices={1 / devices:g}: it would allow "
@@ -161,7 +164,7 @@ def warnings(experiment: Experiment, deltas: dict[str, float]) -> list[str]:
         )
     if experiment.config.seed is not None and deltas:
         lines.append(
-            f"seed={experiment.config.seed} makes the noise reproducible: simulation only, "
+            f"seed={experiment.config.seed} gives reproducible noise: simulation only, "
             "never release a model trained so"
         )
     return lines

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import torch
-from flwr.app import Context, RecordDict
+from flwr.app import Context, RecordDict, UserConfig
 from omegaconf import DictConfig
 from rich.console import Console
 
@@ -29,15 +30,20 @@ def simulate(config: DictConfig, folder: Path) -> int:
     torch.set_num_threads(1)
     resume = config.resume is not None
     if not resume:
-        config = config.copy()
         write_atomic(folder / "config.yaml", settings_text(config).encode())
-    given = {"folder": str(folder), "resume": resume, "progress": bool(config.run.progress)}
+    given: UserConfig = {"folder": str(folder), "resume": resume}
     grid = LocalGrid(client_app, {}, [{SECRET_FOLDER: str(folder / "checkpoints")}])
     context = Context(grid.run.run_id, 1, {}, RecordDict(), given)
-    server_app(grid, context)
+    try:
+        server_app(grid, context)
+    except Exception:
+        if not resume and not (folder / "metrics.jsonl").exists():
+            _clear(folder)
+        raise
     outcome = outcomes.pop(str(folder))
     console = Console()
-    console.print(final_table(outcome.summary, folder / "report.html"))
+    report = folder / "report.html" if config.run.report else None
+    console.print(final_table(outcome.summary, report))
     if outcome.reason:
         console.print(outcome.reason, markup=False, highlight=False, soft_wrap=True)
     if outcome.status == "interrupted":
@@ -48,3 +54,9 @@ def simulate(config: DictConfig, folder: Path) -> int:
         )
         return INTERRUPTED
     return 0
+
+
+def _clear(folder: Path) -> None:
+    """Take back what a run wrote that could not begin, so that its folder can be used again."""
+    (folder / "config.yaml").unlink(missing_ok=True)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)

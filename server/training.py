@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import resource
 import time
@@ -15,7 +16,12 @@ from rich.console import Console
 from sottovoce.client.errors import RunError
 from sottovoce.privacy.noise import NoiseSource
 from sottovoce.server.callbacks import Bar, Checkpoints, LedgerFile, MetricsFile
-from sottovoce.server.checkpoints import RunState, load_latest, save_checkpoint
+from sottovoce.server.checkpoints import (
+    RunState,
+    discard_drafts,
+    load_latest,
+    save_checkpoint,
+)
 from sottovoce.server.coordinator import Coordinator, Plan
 from sottovoce.server.evaluation import Evaluator
 from sottovoce.server.finish import write_results
@@ -24,6 +30,10 @@ from sottovoce.server.setup import Setup, make_setup
 from sottovoce.simulations.experiment import Experiment, build_experiment
 
 HELD_OUT_EXAMPLES = 5000
+ENDED = {
+    "finished": "has finished all {rounds} rounds",
+    "budget_spent": "has spent its privacy budget in {rounds} rounds",
+}
 
 
 @dataclass(frozen=True)
@@ -55,18 +65,31 @@ def start_run(grid: Grid, folder: Path) -> Outcome:
 
 def continue_run(grid: Grid, folder: Path) -> Outcome:
     """The rest of a stopped run: the same result as if it had never stopped."""
+    refuse_ended(folder)
     text = (folder / "config.yaml").read_text(encoding="utf-8")
     state, complaints = load_latest(folder / "checkpoints")
-    experiment = build_experiment(text)
-    if (folder / "model.safetensors").exists() and state.round >= experiment.config.rounds:
-        raise RunError(f"{folder} has finished all {state.round} rounds: nothing to resume")
     source = NoiseSource.load(folder / "checkpoints")
+    experiment = build_experiment(text)
     setup = make_setup(experiment, source, state, text)
     setup.warnings += complaints
-    for line in complaints:
-        Console(stderr=True).print(line, markup=False, highlight=False, soft_wrap=True)
-    MetricsFile(folder).keep_until(state.round if state.round else -1)
+    discard_drafts(folder)
+    discard_drafts(folder / "checkpoints")
+    MetricsFile(folder).keep_until(state.round or -1)  # round 0 is evaluated again
     return _run(grid, folder, experiment, setup, state)
+
+
+def refuse_ended(folder: Path) -> None:
+    """Raise RunError where the run in `folder` has ended: by its plan or by its budget."""
+    try:
+        summary = json.loads((folder / "summary.json").read_bytes())
+        status, rounds = summary["status"], summary["rounds"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if status in ENDED:
+        NoiseSource.forget(folder / "checkpoints")
+        raise RunError(
+            f"{folder} {ENDED[status].format(rounds=rounds)}: nothing to resume; start a new run"
+        )
 
 
 def _run(
@@ -103,7 +126,8 @@ def _run(
             status = "interrupted"
     if status == "interrupted":
         state, _ = load_latest(folder / "checkpoints")
-    elif reason is not None:
+        MetricsFile(folder).keep_until(state.round)
+    elif state.round % config.run.checkpoint_every:
         save_checkpoint(folder / "checkpoints", state, config.run.keep_checkpoints)
     summary = write_results(
         folder, experiment, setup, state, status,

@@ -6,12 +6,14 @@ Algorithm (DP-FedAvg, McMahan et al. 2018, arXiv:1710.06963, with known inclusio
     total   <- sum over fleets of clipped updates
     release <- (total + noise) / expected cohort   expected and public, never the replies' number
     theta   <- server optimiser(theta, release)
-    ledger  <- one event for the round, one more when a device's participation count is a new maximum
+    ledger  <- one event for the round, one more when a level's most frequent device rises
 """
 
 from __future__ import annotations
 
+import logging
 import math
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -34,6 +36,10 @@ from sottovoce.strategies.optimizers import ServerOptimizer
 from sottovoce.strategies.participation import Participation
 from sottovoce.strategies.samplers import Sampler
 
+Tensors = dict[str, Tensor]
+
+log = logging.getLogger(__name__)
+
 
 @dataclass
 class Round:
@@ -43,7 +49,7 @@ class Round:
     parameters: dict[str, Tensor]
     devices: NDArray[np.int64]
     levels: NDArray[np.uint8]
-    sent: dict[int, int] = field(default_factory=dict)  # node -> devices asked
+    sent: dict[int, Counter[int]] = field(default_factory=dict)  # node -> devices by level
 
 
 class NoisedSum(Strategy):
@@ -90,7 +96,8 @@ class NoisedSum(Strategy):
         for place, node in enumerate(nodes):
             share = devices[devices % len(nodes) == place]
             if len(share):
-                self.current.sent[node] = len(share)
+                asked = levels[devices % len(nodes) == place]
+                self.current.sent[node] = Counter(asked.tolist())
                 content = train_content(arrays, share, server_round, self.settings)
                 group = str(server_round)
                 messages.append(grid.create_message(content, "train", node, group))
@@ -111,12 +118,13 @@ class NoisedSum(Strategy):
         parameters = self.optimizer.step(current.parameters, update)
         metrics = self._metrics(current, total, update, deviation)
         if complaints:
-            metrics["complaints"] = complaints
+            metrics["bad_replies"] = len(complaints)
+            log.warning("\n".join(complaints))
         return to_record(parameters), MetricRecord(metrics)  # type: ignore[arg-type]
 
     def events_ahead(self) -> list[Event]:
         """Events that the next round may at most append: what a budget stop must reckon with."""
-        levels = sorted(self.sampler.rates)
+        levels = [lv for lv in sorted(self.sampler.rates) if self.participation.may_rise(lv)]
         return self._device_events(None) + self._example_events(levels, None)
 
     def configure_evaluate(
@@ -133,27 +141,22 @@ class NoisedSum(Strategy):
     def summary(self) -> None:
         """Nothing to log: the run folder says it."""
 
-    def _collect(
-        self, current: Round, replies: Iterable[Message]
-    ) -> tuple[FleetReply, int]:
+    def _collect(self, current: Round, replies: Iterable[Message]) -> tuple[FleetReply, list[str]]:
         """The fleets' sums added up; a bad reply loses its devices, not the round."""
         zero = {name: tensor.new_zeros(tensor.shape) for name, tensor in current.parameters.items()}
         total = FleetReply(zero, {}, 0)
         waiting = dict(current.sent)
-        complaints = 0
+        complaints = []
         for message in replies:
             node = message.metadata.src_node_id
             try:
-                if message.has_error():
-                    raise RunError(f"fleet {node} failed: {message.error.reason}")
-                reply = read_reply(message.content, current.parameters)
-            except (RunError, KeyError):
-                complaints += 1
+                reply = _checked(message, current.parameters, waiting.get(node, Counter()))
+            except RunError as error:
+                complaints.append(f"round {current.number}: {error}; its devices count as dropped")
                 continue
-            if waiting.pop(node, None) is None:
-                continue
-            _add(total, reply)
-        total.dropped += sum(waiting.values())
+            if waiting.pop(node, None) is not None:
+                _add(total, reply)
+        total.dropped += sum(asked.total() for asked in waiting.values())
         return total, complaints
 
     def _release(self, total: FleetReply, server_round: int) -> tuple[dict[str, Tensor], float]:
@@ -226,11 +229,31 @@ class NoisedSum(Strategy):
             / max(examples, 1.0),
             "mean_signal_norm": total.totals.get("norm", 0.0) / max(devices, 1),
         }
-        if examples:
+        if examples and devices:
             metrics["train_loss"] = total.totals.get("loss", 0.0) / examples
         if deviation:
             metrics["signal_to_noise"] = signal / (deviation * math.sqrt(size))
         return metrics
+
+
+def _checked(message: Message, expected: Tensors, asked: Counter[int]) -> FleetReply:
+    """The fleet's answer; RunError where it failed or where this is none to what was asked."""
+    node = message.metadata.src_node_id
+    if message.has_error():
+        raise RunError(f"fleet {node} failed: {message.error.reason}")
+    try:
+        reply = read_reply(message.content, expected)
+    except RunError:
+        raise
+    except Exception as error:  # whatever a foreign record makes numpy and Flower raise
+        raise RunError(f"fleet {node} sent what is no reply: {error!r}") from error
+    answered = reply.devices_by_level
+    counted = sum(answered.values()) + reply.dropped
+    if min(answered.values(), default=0) < 0 or Counter(answered) - asked or reply.dropped < 0:
+        raise RunError(f"fleet {node} answers for devices that it was not asked for")
+    if counted != asked.total():
+        raise RunError(f"fleet {node} answers for {counted} of {asked.total()} devices")
+    return reply
 
 
 def _add(total: FleetReply, reply: FleetReply) -> None:

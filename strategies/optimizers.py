@@ -27,7 +27,7 @@ class ServerOptimizer(ABC):
         """Tensors that `load` restores."""
         return {}
 
-    def load(self, state: Tensors) -> None:
+    def load(self, state: Tensors) -> None:  # noqa: B027
         """Take up a state that `state` gave."""
 
 

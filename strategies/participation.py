@@ -32,6 +32,10 @@ class Participation:
         seen = np.where(self.devices[at] == devices, self.counts[at], 0)
         return devices[seen < self.limit]
 
+    def may_rise(self, level: int) -> bool:
+        """Whether the next round could raise the worst count of `level`."""
+        return self.limit is None or self.worst.get(level, 0) < self.limit
+
     def add(self, devices: NDArray[np.int64], levels: NDArray[np.uint8]) -> list[int]:
         """Count one more round for `devices` (sorted, unique); levels whose worst count rose."""
         merged = np.union1d(self.devices, devices)
