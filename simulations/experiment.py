@@ -5,6 +5,7 @@ Coordinator and fleet both build from the same settings; in one process they sha
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -120,8 +121,14 @@ def simulated_fleet(config_text: str, node_config: UserConfig, run_id: int) -> S
             experiment.initial_model(),
             experiment.training,
             source,
+            workers=worker_count(experiment.config.run.workers),
         )
     return _fleets[key]
+
+
+def worker_count(workers: int | str) -> int:
+    """Threads that train groups of devices: as given, or one per core for `auto`."""
+    return (os.cpu_count() or 1) if workers == "auto" else int(workers)
 
 
 def noise_source(seed: int | None, folder: str) -> NoiseSource:

@@ -33,7 +33,8 @@ BIN = Path(sys.executable).parent
 TIMEOUT_S = 300
 TINY = (
     "population.devices=200 population.held_out_devices=20 cohort_size=20 rounds=2 seed=7 "
-    "privacy=device model.embedding_size=6 model.hidden_size=5 run.report=false run.progress=false"
+    "strategy=fedavg privacy=device model.embedding_size=6 model.hidden_size=5 run.report=false "
+    "run.progress=false"
 )
 CONNECTION = """[superlink]
 default = "here"

@@ -24,8 +24,8 @@ from sottovoce.simulations.grid import LocalGrid
 
 TINY = (
     "population.devices=200 population.held_out_devices=20 cohort_size=20 rounds=2 seed=7 "
-    "task.max_length=12 model.embedding_size=6 model.hidden_size=5 run.evaluation_devices=20 "
-    "run.report=false run.progress=false"
+    "strategy=fedavg task.max_length=12 model.embedding_size=6 model.hidden_size=5 "
+    "run.evaluation_devices=20 run.report=false run.progress=false"
 )
 TABLE = "embedding.weight"
 
