@@ -38,13 +38,22 @@ class Run:
     records: list[dict[str, Any]]
 
 
-def trained(folder: Path, nodes: int, more: str, client: ClientApp = client_app) -> Run:
-    """A tiny seeded run over `nodes` nodes, by the path that `flwr run .` takes."""
-    given: UserConfig = {"overrides": f"{TINY} {more} run.dir={folder}", "fleets": nodes}
+def start(overrides: str, nodes: int = 1, client: ClientApp = client_app) -> None:
+    """The ServerApp over `nodes` nodes, by the path that `flwr run .` takes."""
     grid = LocalGrid(client, {}, [{} for _ in range(nodes)])
+    given: UserConfig = {"overrides": overrides, "fleets": nodes}
     server_app(grid, Context(grid.run.run_id, SERVER_NODE, {}, RecordDict(), given))
+
+
+def left_in(folder: Path) -> Run:
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return Run(load_file(folder / "model.safetensors"), [json.loads(line) for line in lines])
+
+
+def trained(folder: Path, nodes: int, more: str, client: ClientApp = client_app) -> Run:
+    """A tiny seeded run over `nodes` nodes."""
+    start(f"{TINY} {more} run.dir={folder}", nodes, client)
+    return left_in(folder)
 
 
 def difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> dict[str, float]:
@@ -211,7 +220,29 @@ def test_what_is_private_in_flower_is_still_there() -> None:
     )
 
 
-# -- runs that cannot begin ------------------------------------------------------------------------
+# -- runs that end early, or cannot begin ----------------------------------------------------------
+
+
+def test_a_run_that_broke_off_goes_on_over_other_nodes(tmp_path: Path) -> None:
+    client = ClientApp()
+
+    @client.train()
+    def train(message: Message, context: Context) -> Message:
+        if message.metadata.group_id == "2":
+            raise OSError("disk full")
+        return client_app(message, context)
+
+    with pytest.raises(OSError, match="disk full"):
+        trained(tmp_path / "broken", 1, "privacy=device", client)
+    start(f"resume={tmp_path / 'broken'}", nodes=2)
+    whole = trained(tmp_path / "whole", 1, "privacy=device")
+    assert max(difference(left_in(tmp_path / "broken").model, whole.model).values()) < 1e-6
+
+
+def test_a_finished_run_is_not_resumed(tmp_path: Path) -> None:
+    trained(tmp_path / "run", 1, "privacy=none rounds=1")
+    with pytest.raises(RunError, match="nothing to resume"):
+        start(f"resume={tmp_path / 'run'}")
 
 
 @pytest.mark.parametrize(
@@ -226,16 +257,6 @@ def test_a_run_that_cannot_begin_leaves_no_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: str, error: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    grid = LocalGrid(client_app, {}, [{}])
-    given: UserConfig = {"overrides": f"{TINY} {overrides}"}
     with pytest.raises(ConfigError, match=error):
-        server_app(grid, Context(grid.run.run_id, SERVER_NODE, {}, RecordDict(), given))
+        start(f"{TINY} {overrides}")
     assert not (tmp_path / "runs").exists()
-
-
-def test_a_finished_run_is_not_resumed(tmp_path: Path) -> None:
-    trained(tmp_path / "run", 1, "privacy=none rounds=1")
-    grid = LocalGrid(client_app, {}, [{}])
-    given: UserConfig = {"overrides": f"resume={tmp_path / 'run'}"}
-    with pytest.raises(RunError, match="nothing to resume"):
-        server_app(grid, Context(grid.run.run_id, SERVER_NODE, {}, RecordDict(), given))
