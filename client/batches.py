@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 class BatchPlan:
     """How a device divides its data into steps.
 
-    `batch_size`: most examples a step (expected, for Poisson batches). `local_epochs`: expected visits
-    of each example. `max_examples`: bound on the examples visited in one epoch (expected number
-    for Poisson batches). `poisson`: independent coins instead of epochs.
+    `batch_size`: most examples a step (expected, for Poisson batches). `local_epochs`: expected
+    visits of each example. `max_examples`: bound on the examples visited in one epoch (expected
+    number for Poisson batches). `poisson`: independent coins instead of epochs.
     """
 
     batch_size: int

@@ -65,7 +65,7 @@ class Examples:
 def gather_ranges(
     offsets: NDArray[np.int64], rows: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Positions of the ranges `offsets[r]:offsets[r + 1]` laid end to end, and their new offsets."""
+    """Positions of the ranges `offsets[r]:offsets[r + 1]` end to end, and their new offsets."""
     starts = offsets[rows]
     lengths = offsets[rows + 1] - starts
     new = np.zeros(len(rows) + 1, dtype=np.int64)

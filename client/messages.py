@@ -92,7 +92,7 @@ def read_reply(content: RecordDict, expected: Mapping[str, Tensor]) -> FleetRepl
 
 def to_record(tensors: Mapping[str, Tensor]) -> ArrayRecord:
     """Tensors as a Flower record."""
-    return ArrayRecord({name: Array(tensor.detach().cpu().numpy()) for name, tensor in tensors.items()})
+    return ArrayRecord({name: Array(t.detach().cpu().numpy()) for name, t in tensors.items()})
 
 
 def to_tensors(record: ArrayRecord) -> dict[str, Tensor]:

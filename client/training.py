@@ -23,7 +23,6 @@ from sottovoce.client.tasks import Batch, Task
 from sottovoce.privacy.engine import backward, clip_factors
 from sottovoce.privacy.grouping import Grouped, group
 
-
 PASS_COST = 24
 
 
@@ -33,8 +32,9 @@ class GroupData:
 
     `batch`: collated examples of all K devices, the null row last; its `lengths` are the positions
     that count in each row. `rows`: for each step, (K, B) indices into the batch, each device's from
-    its shortest example to its longest, filled up in front with the null row (length 0). `touched`: (K, U) embedding rows that each
-    device uses, row 0 first, padded with 0; `touched_counts`: (K,). `steps`: (K,) steps of each.
+    its shortest example to its longest, filled up in front with the null row (length 0).
+    `touched`: (K, U) embedding rows that each device uses, row 0 first, padded with 0;
+    `touched_counts`: (K,). `steps`: (K,) steps of each.
     """
 
     batch: Batch
@@ -190,7 +190,7 @@ class GroupTrainer:
         finite = torch.isfinite(norms)
         bound = self.training.update_clip_norm
         if not bool(finite.all()):
-            for name, tensor in signal.items():
+            for tensor in signal.values():
                 tensor[~finite] = 0.0
         if bound is not None and self.training.example is None:
             saturated = norms > bound

@@ -183,8 +183,9 @@ def _cross_term(merged: list[Factor]) -> Tensor:
 def _scaled_sum(factor: Factor, scale: Tensor, shape: torch.Size, groups: int) -> Tensor:
     if isinstance(factor, Direct):
         grad = wide(factor.grad)
-        per_group = scale.view(groups, 1, -1)
-        return torch.bmm(per_group, grad.reshape(groups, per_group.shape[2], -1)).view(groups, *shape)
+        weight = scale.view(groups, 1, -1)
+        stacked = grad.reshape(groups, weight.shape[2], -1)
+        return torch.bmm(weight, stacked).view(groups, *shape)
     if isinstance(factor, OneHot):
         return _scaled_table(factor, scale, shape, groups)
     x, g = wide(factor.x), wide(factor.g)

@@ -111,7 +111,7 @@ def _replace(module: nn.Module, tape: Tape, names: dict[int, str]) -> nn.Module:
                 if id(value) in names
             }
             if own:
-                done[id(current)] = LEAVES[type(current)](current, tape, own)  # type: ignore[arg-type]
+                done[id(current)] = LEAVES[type(current)](current, tape, own)
             else:
                 for key, child in list(current.named_children()):
                     setattr(current, key, visit(child))
@@ -140,6 +140,10 @@ def _refuse_unknown(model: nn.Module) -> None:
             )
         own = [p for p in module.parameters(recurse=False) if p.requires_grad]
         if own and type(module) not in LEAVES:
-            raise UnsupportedLayer(f"{label} has trainable parameters but no tracked form: {REMEDIES}")
+            raise UnsupportedLayer(
+                f"{label} has trainable parameters but no tracked form: {REMEDIES}"
+            )
         if own and (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks):
-            raise UnsupportedLayer(f"{label} has hooks, which a tracked leaf would skip: remove them")
+            raise UnsupportedLayer(
+                f"{label} has hooks, which a tracked leaf would skip: remove them"
+            )

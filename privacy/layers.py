@@ -8,7 +8,7 @@ weight that still has one after the pass was used behind the leaf's back.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,11 @@ def grouped_matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
     matrix = weight.transpose(1, 2)
     y = torch.bmm(flat, matrix) if bias is None else torch.baddbmm(bias.unsqueeze(1), flat, matrix)
     return y.view(x.shape[0], -1, out)
+
+
+def applied(function: type[torch.autograd.Function], *inputs: Any) -> Tensor:
+    """`function.apply`, which torch leaves untyped."""
+    return cast(Tensor, function.apply(*inputs))  # type: ignore[no-untyped-call]
 
 
 class Leaf(nn.Module):
@@ -84,9 +89,8 @@ class TrackedLinear(Leaf):
 
     def forward(self, x: Tensor) -> Tensor:
         self.tape.see(x.shape[0])
-        y = _LinearFunction.apply(by_rows(x), self.weight, self.bias, self)
-        result: Tensor = y.view(*x.shape[:-1], self.out_features)
-        return result
+        y = applied(_LinearFunction, by_rows(x), self.weight, self.bias, self)
+        return y.view(*x.shape[:-1], self.out_features)
 
 
 class _EmbeddingFunction(torch.autograd.Function):
@@ -138,7 +142,7 @@ class TrackedEmbedding(Leaf):
             index = index.expand(rows, *index.shape[1:])
         self.tape.see(index.shape[0])
         flat = index.reshape(index.shape[0], -1)
-        result: Tensor = _EmbeddingFunction.apply(flat, self.weight, self)
+        result = applied(_EmbeddingFunction, flat, self.weight, self)
         return result.view(*index.shape, self.embedding_dim)
 
 
@@ -191,5 +195,4 @@ class TrackedLayerNorm(Leaf):
     def forward(self, x: Tensor) -> Tensor:
         self.tape.see(x.shape[0])
         normal = by_rows(F.layer_norm(x, self.normalized_shape, eps=self.eps))
-        result: Tensor = _AffineFunction.apply(normal, self.weight, self.bias, self)
-        return result.view(x.shape)
+        return applied(_AffineFunction, normal, self.weight, self.bias, self).view(x.shape)

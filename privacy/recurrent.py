@@ -49,7 +49,7 @@ class _LSTMFunction(torch.autograd.Function):
             gate[..., : 2 * size].sigmoid_()
             gate[..., 2 * size : 3 * size].tanh_()
             gate[..., 3 * size :].sigmoid_()
-            i, f, g, o = gate.split(size, dim=-1)
+            i, f, g, o = gate.chunk(4, dim=-1)
             torch.addcmul(f * cells[t], i, g, out=cells[t + 1])
             torch.mul(o, cells[t + 1].tanh(), out=hidden[t + 1])
             gates[t] = gate
@@ -95,7 +95,7 @@ def _through_time(
     local = torch.stack([g * i * (1 - i), cells[:-1] * f * (1 - f), i * (1 - g * g)], dim=-2)
     local_o = squashed * o * (1 - o)
     d_gates = torch.empty_like(gates)
-    triple = d_gates[..., : 3 * g.shape[-1]].unflatten(-1, (3, g.shape[-1]))
+    triple = d_gates[..., : 3 * g.shape[-1]].view(*g.shape[:-1], 3, g.shape[-1])
     single = d_gates[..., 3 * g.shape[-1] :]
     d_hidden = torch.zeros_like(d_cell)
     for t in range(gates.shape[0] - 1, -1, -1):
@@ -130,7 +130,8 @@ class TrackedLSTM(Leaf):
         x = x if self.batch_first else x.transpose(0, 1)
         self.tape.see(x.shape[0])
         directions = 2 if self.bidirectional else 1
-        first = state or (x.new_zeros(self.num_layers * directions, x.shape[0], self.hidden_size),) * 2
+        zeros = x.new_zeros(self.num_layers * directions, x.shape[0], self.hidden_size)
+        first = state or (zeros, zeros)
         hidden, cell = [], []
         for layer in range(self.num_layers):
             outs = []
@@ -155,5 +156,5 @@ class TrackedLSTM(Leaf):
         names = [kind + suffix for kind in kinds]
         params = [getattr(self, name) for name in names]
         x = x.flip(1) if direction else x
-        out, c = _LSTMFunction.apply(x, h0, c0, names, self, *params)
+        out, c = _LSTMFunction.apply(x, h0, c0, names, self, *params)  # type: ignore[no-untyped-call]
         return (out.flip(1) if direction else out), out[:, -1], c

@@ -29,7 +29,7 @@ from sottovoce.server.progress import Progress
 from sottovoce.server.setup import Setup, make_setup
 from sottovoce.simulations.experiment import Experiment, build_experiment
 
-HELD_OUT_EXAMPLES = 5000
+HELD_OUT_EXAMPLES = 2000
 ENDED = {
     "finished": "has finished all {rounds} rounds",
     "budget_spent": "has spent its privacy budget in {rounds} rounds",

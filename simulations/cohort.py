@@ -94,12 +94,10 @@ def cut_group(
     low, high = int(chunk.starts[first]), int(chunk.starts[first + len(draws)])
     batch = {name: torch.cat([t[low:high], t[-1:]]) for name, t in chunk.batch.items()}
     lengths = batch["lengths"].numpy()
-    null = high - low
     steps = np.zeros(devices, dtype=np.int64)
     steps[: len(draws)] = [len(draw.steps) for draw in draws]
-    rows = [
-        _step_rows(chunk, first, step, devices, lengths) for step in range(int(steps.max(initial=0)))
-    ]
+    most = int(steps.max(initial=0))
+    rows = [_step_rows(chunk, first, step, devices, lengths) for step in range(most)]
     touched, counts = np.zeros((devices, 1), dtype=np.int64), np.ones(devices, dtype=np.int64)
     if table_input is not None:
         owners = np.repeat(

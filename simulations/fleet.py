@@ -79,7 +79,9 @@ class SimulatedFleet(Fleet):
     ) -> Iterator[Trained]:
         """Every group trained, in order: sums do not depend on the number of workers."""
         groups = self._groups(draws)
-        with ThreadPoolExecutor(self.workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        with ThreadPoolExecutor(
+            self.workers, initializer=torch.set_num_threads, initargs=(1,)
+        ) as pool:
             waiting: deque[Future[Trained]] = deque()
             for chunk, first, size in groups:
                 waiting.append(
@@ -153,8 +155,8 @@ class RoundSum:
         here = len(draws)
         keep = updates.finite[:here]
         for name, signal in updates.signal.items():
-            part = signal[:here] if updates.noise is None else signal[:here] + updates.noise[name][:here]
-            part = part[keep].double()
+            part = signal if updates.noise is None else signal + updates.noise[name]
+            part = part[:here][keep].double()
             if name == self.table:
                 rows = torch.from_numpy(data.touched[:here])[keep]
                 self.sums[name].index_add_(0, rows.flatten(), part.flatten(0, 1))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import uuid
 
 from flwr.app import Message
-from flwr.supercore.run import Run
+from flwr.supercore.run import Run as Run
 from flwr.supercore.task_identity import TaskIdentity
 
 SERVER_NODE = 1

@@ -11,9 +11,8 @@ from collections.abc import Iterable
 from flwr.app import Context, Message, RecordDict, UserConfig
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
-from flwr.supercore.run import Run
 
-from sottovoce.simulations.flower_private import enter_run, stamp
+from sottovoce.simulations.flower_private import Run, enter_run, stamp
 
 
 class LocalGrid(Grid):

@@ -100,7 +100,7 @@ class NoisedSum(Strategy):
                 self.current.sent[node] = Counter(asked.tolist())
                 content = train_content(arrays, share, server_round, self.settings)
                 group = str(server_round)
-                messages.append(grid.create_message(content, "train", node, group))
+                messages.append(Message(content, node, "train", group_id=group))
         return messages
 
     def aggregate_train(
