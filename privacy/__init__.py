@@ -6,19 +6,25 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sottovoce.privacy.accountants import by_level as by_level
     from sottovoce.privacy.accountants import epsilon as epsilon
+    from sottovoce.privacy.calibration import calibrate_noise as calibrate_noise
     from sottovoce.privacy.edp_sgd import EDPSGD as EDPSGD
     from sottovoce.privacy.engine import clipped_gradients as clipped_gradients
     from sottovoce.privacy.events import GaussianEvent as GaussianEvent
     from sottovoce.privacy.events import NonPrivateRelease as NonPrivateRelease
     from sottovoce.privacy.ledger import Ledger as Ledger
+    from sottovoce.privacy.tracker import EpsilonTracker as EpsilonTracker
 
-# Loaded on first use: the accountants need no torch, the engine no scipy.
+# Loaded on first use, so that importing the package costs nothing.
 _HOMES = {
     "EDPSGD": "edp_sgd",
+    "EpsilonTracker": "tracker",
     "GaussianEvent": "events",
     "Ledger": "ledger",
     "NonPrivateRelease": "events",
+    "by_level": "accountants",
+    "calibrate_noise": "calibration",
     "clipped_gradients": "engine",
     "epsilon": "accountants",
 }
