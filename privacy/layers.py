@@ -8,6 +8,7 @@ weight that still has one after the pass was used behind the leaf's back.
 
 from __future__ import annotations
 
+import math
 from typing import Any, cast
 
 import torch
@@ -21,7 +22,7 @@ from sottovoce.privacy.tape import Tape
 
 def by_rows(tensor: Tensor) -> Tensor:
     """(rows, ..., D) as (rows, T, D), T the product of what lies between (1 if nothing does)."""
-    return tensor.reshape(tensor.shape[0], -1, tensor.shape[-1])
+    return tensor.reshape(tensor.shape[0], math.prod(tensor.shape[1:-1]), tensor.shape[-1])
 
 
 def grouped_matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -32,7 +32,7 @@ class Evaluator:
         if not self.sets:
             raise DataError(
                 f"population {population.name!r} has nothing to evaluate on: set "
-                "population.held_out_fraction above 0 or population.test_path"
+                "population.held_out_devices, held_out_fraction or test_path, as it has them"
             )
 
     def __call__(self, parameters: dict[str, Tensor]) -> dict[str, float]:

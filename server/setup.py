@@ -18,7 +18,7 @@ from sottovoce.privacy.noise import NoiseSource
 from sottovoce.server.budget import RunBudget
 from sottovoce.server.checkpoints import RunState
 from sottovoce.server.limits import validate
-from sottovoce.simulations.experiment import Experiment
+from sottovoce.simulations.experiment import Experiment, public_deltas
 from sottovoce.strategies.levels import MAX_LEVEL
 from sottovoce.strategies.noised_sum import NoisedSum
 from sottovoce.strategies.optimizers import make_server_optimizer
@@ -74,16 +74,6 @@ def make_setup(
         unit: config.privacy[unit].max_epsilon for unit in deltas if config.privacy[unit].enabled
     }
     return Setup(strategy, RunBudget(ledger, deltas, limits), sampler, warnings(experiment, deltas))
-
-
-def public_deltas(config: DictConfig, devices: int) -> dict[str, float]:
-    """Delta of each protected unit: as set, else 1 / (10 devices), and at most 1e-5."""
-    default = min(1e-5, 0.1 / devices)
-    return {
-        unit: config.privacy[unit].delta or default
-        for unit in UNITS
-        if config.privacy[unit].enabled
-    }
 
 
 def new_ledger(config: DictConfig, sampler: Sampler, deltas: Mapping[str, float]) -> Ledger:

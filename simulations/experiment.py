@@ -25,6 +25,7 @@ from sottovoce.privacy.noise import NoiseSource
 from sottovoce.simulations.fleet import SimulatedFleet
 from sottovoce.simulations.population import Population
 from sottovoce.simulations.populations import make_population
+from sottovoce.strategies.levels import MAX_LEVEL
 
 SECRET_FOLDER = "secret-folder"
 
@@ -64,7 +65,7 @@ def build_experiment(config_text: str) -> Experiment:
         max_length=config.task.max_length,
     )
     task.check(population)
-    return Experiment(config, population, vocabulary, task, local_training(config))
+    return Experiment(config, population, vocabulary, task, local_training(config, len(population)))
 
 
 def build_model(config: DictConfig, task: Task) -> nn.Module:
@@ -74,28 +75,60 @@ def build_model(config: DictConfig, task: Task) -> nn.Module:
     return make_model(config.model.name, task, generator=generator, **sizes)
 
 
-def local_training(config: DictConfig) -> LocalTraining:
+def local_training(config: DictConfig, devices: int) -> LocalTraining:
     """What a device does with its examples, from `strategy` and `privacy` settings.
 
-    Raises ConfigError where on-device steps are to be private and their noise is not given.
+    `devices`: of the population, for the default delta.
     """
     strategy, privacy = config.strategy, config.privacy
-    example = None
-    if privacy.example.enabled:
-        if privacy.example.noise_multiplier is None:
-            raise ConfigError(
-                f"privacy.example.epsilon={privacy.example.epsilon} cannot choose the noise of "
-                "on-device steps: set privacy.example.noise_multiplier instead"
-            )
-        example = ExampleClipping(privacy.example.clip_norm, privacy.example.noise_multiplier)
     plan = BatchPlan(
         batch_size=strategy.batch_size,
         local_epochs=strategy.local_epochs,
         max_examples=config.population.max_examples_per_round,
-        poisson=example is not None,
+        poisson=privacy.example.enabled,
     )
+    example = None
+    if privacy.example.enabled:
+        noise = privacy.example.noise_multiplier
+        if noise is None:
+            noise = example_noise(config, plan, public_deltas(config, devices)["example"])
+        example = ExampleClipping(privacy.example.clip_norm, noise)
     clip = privacy.device.clip_norm if privacy.device.enabled else None
     return LocalTraining(strategy.learning_rate, plan, example, clip)
+
+
+def public_deltas(config: DictConfig, devices: int) -> dict[str, float]:
+    """Delta of each protected unit: as set, else 1 / (10 devices), and at most 1e-5."""
+    default = min(1e-5, 0.1 / devices)
+    return {
+        unit: config.privacy[unit].delta or default
+        for unit in ("device", "example")
+        if config.privacy[unit].enabled
+    }
+
+
+def example_noise(config: DictConfig, plan: BatchPlan, delta: float) -> float:
+    """Noise multiplier of on-device steps for `privacy.example.epsilon` at every activity level.
+
+    The target is what the busiest device may spend, so how often a device may take part must be
+    bounded; ConfigError where it is not.
+    """
+    privacy = config.privacy.example
+    if privacy.max_participations is None:
+        raise ConfigError(
+            f"privacy.example.epsilon={privacy.epsilon} depends on how often a device takes part: "
+            "set privacy.example.max_participations, or noise_multiplier in place of epsilon"
+        )
+    from sottovoce.privacy.calibration import calibrate_noise
+
+    return calibrate_noise(
+        privacy.epsilon,
+        delta,
+        by_level=[
+            (level, plan.rate(level), plan.steps(level, 1 << level) * privacy.max_participations)
+            for level in range(MAX_LEVEL + 1)
+        ],
+    )
 
 
 _fleets: dict[tuple[int, str, str], SimulatedFleet] = {}

@@ -90,7 +90,8 @@ def rates_from_counts(
     filled = [level for level, count in counts.items() if count >= known.least]
     if not filled:
         raise ConfigError(
-            "too few devices to count by level: set strategy.total_weight, or sampler=uniform"
+            "too few devices to count by level: set strategy.total_weight, or "
+            "strategy.sampler=uniform"
         )
     top, devices = max(filled), sum(counts.values())
     weights = {level: weight.of(min(level, top)) for level in range(MAX_LEVEL + 1)}

@@ -250,7 +250,7 @@ def test_a_finished_run_is_not_resumed(tmp_path: Path) -> None:
     [
         ("cohort_size=500", "cohort_size=500 is more than"),
         ("privacy=example privacy.example.noise_multiplier=null privacy.example.epsilon=4",
-         "cannot choose the noise"),
+         "set privacy.example.max_participations"),
     ],
 )
 def test_a_run_that_cannot_begin_leaves_no_folder(

@@ -7,6 +7,7 @@ privacy protects. Accuracy follows Hard et al. 2018, arXiv:1811.03604.
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 import numpy as np
@@ -103,7 +104,7 @@ class NextWord(Task):
                 among_three += int(hits.sum())
         return {
             "loss": float(losses.mean()),
-            "perplexity": float(np.exp(sums.sum() / tokens)),
+            "perplexity": math.exp(min(float(sums.sum()) / tokens, 700.0)),  # finite when diverged
             "top1_accuracy": first / max(1, words),
             "top3_accuracy": among_three / max(1, words),
             "tokens": float(tokens),
