@@ -2,8 +2,8 @@
 
     python benchmarks/activity_sampling.py --json > activity.json
 
-Same population, cohort size, rounds, noise multiplier and seeds for every arm; only the sampler
-differs. Prints a Markdown table, or JSON with every run.
+Same population, cohort size, rounds and seeds for every arm. The first three share the noise
+multiplier and differ in the sampler; the last spends, sampling uniformly, what the capped one costs. Prints a Markdown table, or JSON with every run.
 """
 
 from __future__ import annotations
@@ -24,6 +24,11 @@ ARMS = {
     "uniform": ["strategy.sampler=uniform"],
     "activity, linear": ["strategy.max_rate=1"],
     "activity, linear, rate <= 0.02": ["strategy.max_rate=0.02"],
+    "uniform, less noise: worst ε 3.64": [
+        "strategy.sampler=uniform",
+        "privacy.device.noise_multiplier=null",
+        "privacy.device.epsilon=3.64",
+    ],
 }
 COMMON = [
     "population.devices=100000",
@@ -63,7 +68,7 @@ def table(runs: list[dict[str, Any]]) -> str:
         + " | worst ε |",
         "| --- | --- | --- | " + "--- | " * (len(LEVELS) + 1),
     ]
-    for arm in ARMS:
+    for arm in dict.fromkeys(r["arm"] for r in runs):
         mine = [r for r in runs if r["arm"] == arm]
         found = {
             row["level"]: row["epsilon"] for row in mine[0]["epsilon"]["device"]["by_level"]
@@ -84,11 +89,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     runs = []
     for seed in range(1, options.seeds + 1):
-        for arm in ARMS:
+        for arm in options.arms:
             runs.append(run(arm, seed, options.rounds))
             print(arm, seed, runs[-1]["metrics"], file=sys.stderr, flush=True)
     if options.json:

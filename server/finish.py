@@ -85,11 +85,12 @@ def trouble(records: list[dict[str, Any]], rounds: int) -> list[str]:
 
 
 def levels(sampler: Sampler) -> list[dict[str, Any]]:
-    """Devices (None where unknown) and sampling rate of each activity level."""
+    """Devices (None where unknown) and sampling rate of each level, as far as levels have any."""
     known = sampler.devices_by_level
     return [
         {"level": level, "devices": known.get(level), "sampling_rate": rate}
         for level, rate in sorted(sampler.rates.items())
+        if level in known or not known
     ]
 
 
