@@ -3,7 +3,8 @@
     python benchmarks/activity_sampling.py --json > activity.json
 
 Same population, cohort size, rounds and seeds for every arm. The first three share the noise
-multiplier and differ in the sampler; the last spends, sampling uniformly, what the capped one costs. Prints a Markdown table, or JSON with every run.
+multiplier and differ in the sampler; the last samples uniformly and spends, in the worst case, what
+the capped one costs. Prints a Markdown table, or JSON with every run.
 """
 
 from __future__ import annotations
