@@ -54,7 +54,10 @@ class TransformerConfig:
 
 @dataclass
 class FedAvgConfig:
-    """Who is sampled, what a device does with its examples, and how the sum is applied."""
+    """Who is sampled, what a device does with its examples, and how the sum is applied.
+
+    `max_rate: null` caps the sampling rate at ten times that of uniform sampling.
+    """
 
     name: str = "fedavg"
     server_learning_rate: float = 1.0
@@ -62,7 +65,7 @@ class FedAvgConfig:
     activity_weight: str = "linear"
     activity_power: float = 0.5
     uniform_mix: float = 0.0
-    max_rate: float = 1.0
+    max_rate: float | None = None
     total_weight: float | None = None
     learning_rate: float = 0.5
     batch_size: int = 8

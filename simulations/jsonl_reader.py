@@ -173,7 +173,10 @@ def _lines(path: Path) -> Iterator[bytes]:
         with gzip.open(path) if zipped else path.open("rb") as lines:
             yield from lines
     except FileNotFoundError:
-        raise DataError(f"{path} does not exist: set population.path to a JSONL file") from None
+        raise DataError(
+            f"{path} does not exist: set population.path to a JSONL file, or SOTTOVOCE_DATA to the "
+            "folder of the ready data sets"
+        ) from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"{path} is a broken gzip file ({error}): fetch it again") from None
     except OSError as error:

@@ -30,6 +30,8 @@ from sottovoce.strategies.sampling import chosen
 if TYPE_CHECKING:
     from sottovoce.simulations.population import Population
 
+USUAL_CAP = 10.0  # times the uniform rate: few busy devices would else set everybody's noise
+
 
 class ActivitySampler(Sampler):
     """Poisson, more often for devices with more data: one public rate per activity level.
@@ -127,7 +129,7 @@ def make_sampler(
             weight=strategy.activity_weight,
             power=strategy.activity_power,
             uniform_mix=strategy.uniform_mix,
-            max_rate=strategy.max_rate,
+            max_rate=_cap(strategy.max_rate, cohort_size, len(population)),
             total_weight=declared,
             counts=counts,
             seed=seed,
@@ -143,6 +145,11 @@ def make_sampler(
     raise ConfigError(
         f"sampler={strategy.sampler!r} is unknown: use activity, uniform or fixed_size"
     )
+
+
+def _cap(max_rate: float | None, cohort_size: float, devices: int) -> float:
+    """The cap on sampling rates: as given, else `USUAL_CAP` times the uniform rate."""
+    return min(1.0, USUAL_CAP * cohort_size / devices) if max_rate is None else max_rate
 
 
 def known_counts(

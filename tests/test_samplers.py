@@ -330,3 +330,23 @@ def test_ten_million_devices_are_indexed_with_four_bytes_each() -> None:
     assert sum(members.nbytes for members in sampler._members) == 4 * len(levels)
     sizes = [len(sampler.sample(at)) for at in range(30)]
     assert abs(np.mean(sizes) - 500) < 4.5 * math.sqrt(500 / 30)
+
+
+@pytest.mark.parametrize(("devices", "cohort", "cap"), [(20_000, 100, 0.05), (300, 200, 1.0)])
+def test_without_a_cap_of_its_own_a_run_caps_at_ten_times_the_uniform_rate(
+    devices: int, cohort: int, cap: float
+) -> None:
+    from sottovoce.server.settings import compose
+    from sottovoce.simulations.populations import make_population
+
+    config = compose([f"population.devices={devices}", f"cohort_size={cohort}"])
+    sampler = make_sampler(
+        config.strategy,
+        make_population(config.population),
+        config.cohort_size,
+        source=NoiseSource.from_seed(0),
+        private=True,
+    )
+    assert sampler.expected_cohort_size == pytest.approx(cohort, rel=0.02)
+    assert max(sampler.rates.values()) == pytest.approx(cap, rel=1e-6) or cap == 1.0
+    assert max(sampler.rates.values()) <= cap
