@@ -39,8 +39,11 @@ def main(grid: Grid, context: Context) -> None:
     """Start or continue the run that `context.run_config` names."""
     given = context.run_config
     if "folder" in given:
-        run = continue_run if given.get("resume") else start_run
-        outcomes[str(given["folder"])] = run(grid, Path(str(given["folder"])))
+        folder = Path(str(given["folder"]))
+        if given.get("resume"):
+            outcomes[str(folder)] = continue_run(grid, folder, progress=bool(given["progress"]))
+        else:
+            outcomes[str(folder)] = start_run(grid, folder)
     else:
         run_on_flower(grid, shlex.split(str(given["overrides"])), int(given.get("fleets", 1)))
 
@@ -62,7 +65,7 @@ def run_on_flower(grid: Grid, overrides: Sequence[str], fleets: int) -> Outcome:
         console.print(f"run: {folder.resolve()}", markup=False)
         outcome = start_new(grid, folder, config)
     else:
-        outcome = continue_run(grid, folder)
+        outcome = continue_run(grid, folder, progress=config.run.progress)
     report = folder.resolve() / "report.html" if config.run.report else None
     console.print(final_table(outcome.summary, report))
     if outcome.reason:

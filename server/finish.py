@@ -136,7 +136,10 @@ def model_card(experiment: Experiment, state: RunState) -> dict[str, Any]:
 
 
 def noise_of(experiment: Experiment) -> str:
-    """How the run's randomness came about."""
+    """How the run's noise came about."""
+    privacy = experiment.config.privacy
+    if not (privacy.device.enabled or privacy.example.enabled):
+        return "none"
     if experiment.config.seed is None:
         return "os entropy"
     return "reproducible noise: simulation only"

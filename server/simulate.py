@@ -31,7 +31,9 @@ def simulate(config: DictConfig, folder: Path) -> int:
     resume = config.resume is not None
     if not resume:
         write_atomic(folder / "config.yaml", settings_text(config).encode())
-    given: UserConfig = {"folder": str(folder), "resume": resume}
+    given: UserConfig = {
+        "folder": str(folder), "resume": resume, "progress": bool(config.run.progress)
+    }
     grid = LocalGrid(client_app, {}, [{SECRET_FOLDER: str(folder / "checkpoints")}])
     context = Context(grid.run.run_id, 1, {}, RecordDict(), given)
     try:

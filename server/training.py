@@ -63,8 +63,11 @@ def start_run(grid: Grid, folder: Path) -> Outcome:
     return _run(grid, folder, experiment, setup, state)
 
 
-def continue_run(grid: Grid, folder: Path) -> Outcome:
-    """The rest of a stopped run: the same result as if it had never stopped."""
+def continue_run(grid: Grid, folder: Path, *, progress: bool | None = None) -> Outcome:
+    """The rest of a stopped run: the same result as if it had never stopped.
+
+    `progress`: whether to show a bar, in place of the folder's own setting.
+    """
     refuse_ended(folder)
     text = (folder / "config.yaml").read_text(encoding="utf-8")
     state, complaints = load_latest(folder / "checkpoints")
@@ -75,7 +78,7 @@ def continue_run(grid: Grid, folder: Path) -> Outcome:
     discard_drafts(folder)
     discard_drafts(folder / "checkpoints")
     MetricsFile(folder).keep_until(state.round or -1)  # round 0 is evaluated again
-    return _run(grid, folder, experiment, setup, state)
+    return _run(grid, folder, experiment, setup, state, progress)
 
 
 def refuse_ended(folder: Path) -> None:
@@ -93,16 +96,22 @@ def refuse_ended(folder: Path) -> None:
 
 
 def _run(
-    grid: Grid, folder: Path, experiment: Experiment, setup: Setup, state: RunState
+    grid: Grid,
+    folder: Path,
+    experiment: Experiment,
+    setup: Setup,
+    state: RunState,
+    shows: bool | None = None,
 ) -> Outcome:
     config = experiment.config
+    shows = config.run.progress if shows is None else shows
     began = time.perf_counter()
     model = experiment.initial_model()
     evaluator = Evaluator(
         experiment.population, experiment.task, model,
         devices=config.run.evaluation_devices, examples=HELD_OUT_EXAMPLES,
     )
-    progress = Progress(config.rounds, state.round, experiment.task.headline, config.run.progress)
+    progress = Progress(config.rounds, state.round, experiment.task.headline, shows)
     keeper = Checkpoints(
         folder / "checkpoints", config.run.checkpoint_every, config.run.keep_checkpoints
     )
