@@ -19,7 +19,8 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from sottovoce.client.errors import RunError
-from sottovoce.server.checkpoints import write_atomic
+from sottovoce.privacy.ledger import Ledger
+from sottovoce.server.checkpoints import load_latest, write_atomic
 from sottovoce.server.limits import validate
 from sottovoce.server.placement import discard_unstarted, new_folder, resumed
 from sottovoce.server.progress import final_table
@@ -65,12 +66,32 @@ def run_on_flower(grid: Grid, overrides: Sequence[str], fleets: int) -> Outcome:
         console.print(f"run: {folder.resolve()}", markup=False)
         outcome = start_new(grid, folder, config)
     else:
+        refuse_repeated_releases(folder, config)
         outcome = continue_run(grid, folder, progress=config.run.progress)
     report = folder.resolve() / "report.html" if config.run.report else None
     console.print(final_table(outcome.summary, report))
     if outcome.reason:
         console.print(outcome.reason, markup=False)
     return outcome
+
+
+def refuse_repeated_releases(folder: Path, config: DictConfig) -> None:
+    """Raise RunError where a resume over nodes would release some round a second time.
+
+    Nodes keep no secret, so a round done again meets other batches and other on-device noise, but
+    the coordinator's noise is the same: whoever saw both releases could subtract it. The ledger on
+    disk knows every release; it must not be ahead of the checkpoint. Seeded runs repeat exactly.
+    """
+    path = folder / "ledger.json"
+    if config.seed is not None or not path.exists():
+        return
+    state, _ = load_latest(folder / "checkpoints")
+    lost = len(Ledger.load(path)) - len(state.ledger)
+    if lost > 0:
+        raise RunError(
+            f"{folder} released more after its last whole checkpoint (round {state.round}), and "
+            "nodes cannot repeat that with the same randomness: start a new run"
+        )
 
 
 def start_new(grid: Grid, folder: Path, config: DictConfig) -> Outcome:

@@ -121,6 +121,9 @@ def local_noise_bound(training: LocalTraining, sampler: Sampler) -> float:
 
     It holds but for a probability of `OVERFLOW` a round, which delta has room for. Where only the
     total is public, every device counts as the noisiest.
+
+    *Assumes*: a declared `strategy.total_weight` is not below the true one: cohorts larger than
+    expected would pass the bound more often.
     """
     variances = {level: training.noise_variance(level) for level in range(MAX_LEVEL + 1)}
     largest = max(variances.values())

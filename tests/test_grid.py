@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -260,3 +261,14 @@ def test_a_run_that_cannot_begin_leaves_no_folder(
     with pytest.raises(ConfigError, match=error):
         start(f"{TINY} {overrides}")
     assert not (tmp_path / "runs").exists()
+
+
+def test_an_unseeded_run_over_nodes_never_releases_a_round_twice(tmp_path: Path) -> None:
+    """A second release with the same central noise but other batches would give the noise away."""
+    folder = tmp_path / "run"
+    trained(folder, 1, "privacy=device strategy.max_rate=1 rounds=3 seed=null")
+    (folder / "summary.json").unlink()  # as a kill leaves it: no end was recorded
+    for name in ("round-000003", "round-000002"):
+        shutil.rmtree(folder / "checkpoints" / name)
+    with pytest.raises(RunError, match="released more after its last whole checkpoint"):
+        start(f"resume={folder}")
