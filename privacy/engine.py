@@ -10,38 +10,50 @@ Sources: Dupuy et al. 2022, arXiv:2107.14586 (eDP-SGD); Bu et al. 2023, arXiv:22
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from types import CodeType
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from sottovoce.client.errors import UnsupportedLayer
-from sottovoce.privacy.factors import Grams, clipped_sum, squared_norms, wide, zero_rows
+from sottovoce.privacy.clipping import Clipping, as_clipping, clip_scales
+from sottovoce.privacy.factors import Factor, clipped_sum, wide, zero_rows
 from sottovoce.privacy.grouping import REMEDIES, Grouped, track
-
-# Float32 rounding may carry a rescaled gradient past the threshold; one part in a million less
-# keeps the released norm of every row at or below it.
-SAFETY = 1.0 - 1e-6
+from sottovoce.privacy.micro_batches import (
+    MicroBatches,
+    check_units,
+    mean_squares,
+    row_scales,
+)
+from sottovoce.privacy.norms import Memo, squared_norms
+from sottovoce.privacy.probe import check_rows_apart
 
 
 @dataclass
 class ClippedSums:
-    """What a backward pass gives: sums by parameter name (groups, *shape), norms (rows,).
+    """What a backward pass gives: sums by parameter name (groups, *shape), norms (units,).
 
-    `finite`: (rows,) bool; rows whose gradient was not finite contribute nothing. Without a
-    threshold no norm is measured and both are empty.
+    A unit is what is clipped: a row, or a micro-batch of rows. Units whose norm is not finite
+    contribute nothing. Without a threshold no norm is measured and `norms` is empty.
     """
 
     sums: dict[str, Tensor]
     norms: Tensor
-    finite: Tensor
+
+
+# Models, and the code of the losses with which their rows were found to be apart.
+_looked_at: WeakKeyDictionary[nn.Module, set[CodeType | None]] = WeakKeyDictionary()
 
 
 def clipped_gradients(
     model: nn.Module,
     losses: Callable[[nn.Module], Tensor],
-    clip_norm: float,
+    clip_norm: float | Clipping,
     groups: int = 1,
 ) -> tuple[list[Tensor], Tensor]:
     """Sum of clipped per-row gradients for each group of rows.
@@ -50,7 +62,7 @@ def clipped_gradients(
     many in each; every group starts from the model's own weights. Returns a tensor
     (groups, *shape) for each parameter with `requires_grad`, in the order of
     `model.parameters()`, and the unclipped norms (rows,). The model and its `.grad` fields are
-    left as they were.
+    left as they were. `clip_norm` may also be a rule (`sottovoce.privacy.clipping.Clipping`).
 
     Raises UnsupportedLayer where a parameter has no per-row gradient, ValueError for a bad
     `clip_norm`, `groups` or loss shape. Rows with a non-finite gradient contribute nothing.
@@ -59,59 +71,91 @@ def clipped_gradients(
     together) to its group's sum. Sensitivity `clip_norm` under add/remove of one example.
     *Assumes*: row i of `losses` depends on example i only.
     """
-    if not clip_norm > 0:
-        raise ValueError(f"clip_norm={clip_norm} must be above 0")
+    rule = as_clipping(clip_norm)
     grouped = track(model)
-    result = backward(grouped, losses(grouped.module), clip_norm, groups)
+    seen = _looked_at.setdefault(model, set())
+    grouped.probed = getattr(losses, "__code__", None) in seen
+    result = backward(grouped, losses(grouped.module), rule, groups)
+    if grouped.probed:
+        seen.add(getattr(losses, "__code__", None))
     return list(result.sums.values()), result.norms
 
 
 def backward(
-    grouped: Grouped, losses: Tensor, clip_norm: float | Tensor | None, groups: int
+    grouped: Grouped,
+    losses: Tensor,
+    clipping: float | Tensor | Clipping | None,
+    groups: int,
+    micro: MicroBatches | None = None,
 ) -> ClippedSums:
     """Backward pass of `losses` (rows,) and the clipped sums it leaves.
 
-    `clip_norm`: one threshold, one for each group (groups,), or None for plain sums.
+    `clipping`: a rule; or its threshold, one for all or one for each group (groups,); or None for
+    plain sums. `micro`: for a rule that clips micro-batches, who is in which; the sums are then
+    those of the clipped means.
     """
+    rule = None if clipping is None else as_clipping(clipping)
     rows = _check_losses(losses, groups)
+    check_units(rule, rows, groups, micro)
+    if rows > 1 and losses.requires_grad and not grouped.probed:
+        check_rows_apart(grouped.tape, list(grouped.parameters.values()), losses)
+        grouped.probed = True
     _backward_pass(grouped, losses)
-    return _assemble(grouped, rows, clip_norm, groups)
+    with torch.no_grad(), _full_precision(losses.device.type):
+        micro = None if micro is None else micro.to(losses.device)
+        return _assemble(grouped, rows, rule, groups, micro)
 
 
-@torch.no_grad()
 def _assemble(
-    grouped: Grouped, rows: int, clip_norm: float | Tensor | None, groups: int
+    grouped: Grouped, rows: int, rule: Clipping | None, groups: int, micro: MicroBatches | None
 ) -> ClippedSums:
     factors = grouped.tape.take(rows)
     shapes = grouped.shapes()
-    sample = next(iter(grouped.parameters.values()))
-    scale = wide(sample.new_empty(0)).new_ones(rows)
-    norms = finite = scale.new_zeros(0)
-    if clip_norm is not None:
-        grams: Grams = {}
-        squares = (squared_norms(uses, grams) for uses in factors.values())
-        norms = torch.sqrt(sum(squares, scale.new_zeros(rows)))
-        finite = torch.isfinite(norms)
-        if not bool(finite.all()):
+    if rule is None or not factors:
+        ones = _floats(grouped).new_ones(rows)
+        scales, norms = dict.fromkeys(factors, ones), ones.new_zeros(0)
+    else:
+        squares = _row_squares(factors) if micro is None else mean_squares(factors, micro)
+        scales, norms = clip_scales(squares, rule, groups, shapes)
+        if micro is not None:
+            scales = row_scales(scales, micro)
+        if not math.isfinite(float(norms.sum())):
+            finite = torch.isfinite(norms)
+            finite = finite if micro is None else micro.to_rows(finite)
             factors = {name: zero_rows(uses, finite) for name, uses in factors.items()}
-        scale = clip_factors(norms, clip_norm, groups)
-    sums = {
-        name: clipped_sum(factors.get(name, []), scale, shape, groups)
-        for name, shape in shapes.items()
-    }
-    return ClippedSums(sums, norms, finite)
+    sums = {}
+    for name in list(factors):  # as recorded, big tables last; factors go as sums come
+        sums[name] = clipped_sum(factors.pop(name), scales[name], shapes[name], groups)
+    for name in shapes.keys() - sums.keys():
+        sums[name] = _floats(grouped).new_zeros((groups, *shapes[name]))
+    return ClippedSums({name: sums[name] for name in shapes}, norms)
 
 
-def clip_factors(norms: Tensor, clip_norm: float | Tensor, groups: int) -> Tensor:
-    """(rows,) factors min(1, C / norm); 0 where the norm is not finite.
+def _row_squares(factors: dict[str, list[Factor]]) -> dict[str, Tensor]:
+    memo = Memo()
+    return {name: squared_norms(uses, memo) for name, uses in factors.items()}
 
-    Scaling by them projects onto the ball of radius C (less one part in a million), which never
-    moves two vectors further apart.
-    """
-    if isinstance(clip_norm, Tensor):
-        clip_norm = clip_norm.repeat_interleave(len(norms) // groups)
-    factor = (clip_norm * SAFETY / norms).clamp(max=1.0)
-    return torch.where(torch.isfinite(norms), factor, torch.zeros_like(norms))
+
+def _floats(grouped: Grouped) -> Tensor:
+    """An empty tensor of the type and on the device of sums."""
+    return wide(next(iter(grouped.parameters.values())).new_empty(0))
+
+
+@contextmanager
+def _exactly(device: str) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _full_precision(device: str) -> AbstractContextManager[None]:
+    """No autocast and no TensorFloat-32: a norm of 10 bits would let more than C through."""
+    usual = device == "cpu" and torch.get_float32_matmul_precision() == "highest"
+    return nullcontext() if usual and not torch.is_autocast_enabled(device) else _exactly(device)
 
 
 def _check_losses(losses: Tensor, groups: int) -> int:
@@ -126,13 +170,19 @@ def _check_losses(losses: Tensor, groups: int) -> int:
 
 def _backward_pass(grouped: Grouped, losses: Tensor) -> None:
     """Fill the tape; raise if a parameter was used where no tracked leaf saw it."""
+    if grouped.tape.pending:
+        grouped.tape.take(0, check=False)
+        raise ValueError(
+            "another backward pass came before this one (loss.backward()?), and its gradients "
+            "would slip in unclipped: leave the backward pass to the engine"
+        )
     if not losses.requires_grad:
         raise UnsupportedLayer("the losses do not depend on any trainable parameter")
     names, tensors = list(grouped.parameters), list(grouped.parameters.values())
-    grads = torch.autograd.grad(losses.sum(), tensors, allow_unused=True)
+    grads = torch.autograd.grad(losses, tensors, torch.ones_like(losses), allow_unused=True)
     stray = [name for name, grad in zip(names, grads, strict=True) if grad is not None]
     if stray:
-        grouped.tape.take(losses.shape[0])
+        grouped.tape.take(0, check=False)
         raise UnsupportedLayer(
             f"parameter {stray[0]!r} is used outside its own layer (a functional call or a raw "
             f"parameter), where its per-example gradient cannot be seen: {REMEDIES}"

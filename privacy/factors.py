@@ -5,22 +5,63 @@ losses with respect to the output. Row r's gradient is then a sum of products ov
 
     Linear weight     sum_t g[r, t] x[r, t]^T            `Dense`
     Embedding table   sum_t g[r, t] onehot(i[r, t])^T     `OneHot`
-    bias, gain        a small vector, built outright      `Direct`
+    bias              sum_t g[r, t]                       `Summed`
+    gain, others      a small vector, built outright      `Direct`
 
-From the factors come both the norm (Gram products: Goodfellow 2015; Li et al. 2022,
-arXiv:2110.05679, section 4) and the clipped sum (book-keeping: Bu et al. 2023, arXiv:2210.00038,
-algorithm 1). A parameter used twice, or shared by two layers, has a list of factors, and the cross
-terms between them belong to its norm.
+From the factors come both the norm (`sottovoce.privacy.norms`) and the clipped sum (book-keeping:
+Bu et al. 2023, arXiv:2210.00038, algorithm 1). A parameter used twice, or shared by two layers,
+has a list of factors, and the cross terms between them belong to its norm.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-DIRECT_BYTES = 64 << 20  # most memory that a direct norm or a Gram product may take at once
+from sottovoce.privacy import gemm
+
+PAIRED = 64  # positions up to which comparing all pairs of indices is cheaper than sorting them
+
+
+class Factor(Protocol):
+    """What every kind of factor can do; the norms stand in `sottovoce.privacy.norms`."""
+
+    def rows(self) -> int:
+        """Rows of the pass it was recorded in."""
+        ...
+
+    def scaled_sum(self, scale: Tensor, shape: torch.Size, groups: int) -> Tensor:
+        """(groups, *shape) sum over each group's rows of scale[row] times the row's gradient."""
+        ...
+
+    def bundled(self, bundles: Bundles) -> Factor:
+        """The same with the rows of every bundle as one."""
+        ...
+
+    def cleaned(self, keep: Tensor) -> Factor:
+        """The same with everything of the rows where `keep` is False set to zero."""
+        ...
+
+
+class Bundles:
+    """Rows that count as one: `index` (bundles, n) int64, n rows for each bundle."""
+
+    def __init__(self, index: Tensor) -> None:
+        self.index = index
+        self._laid: dict[int, tuple[Tensor, Tensor]] = {}  # layers share inputs and gradients
+
+    def laid(self, tensor: Tensor) -> Tensor:
+        """(rows, T, ...) as (bundles, n T, ...): the positions of all its rows, end to end."""
+        if id(tensor) not in self._laid:
+            self._laid[id(tensor)] = (tensor, tensor[self.index].flatten(1, 2))
+        return self._laid[id(tensor)][1]
+
+    def added(self, tensor: Tensor) -> Tensor:
+        """(rows, ...) as (bundles, ...): the sum over its rows."""
+        return tensor[self.index].sum(1)
 
 
 @dataclass
@@ -30,6 +71,24 @@ class Dense:
     x: Tensor
     g: Tensor
 
+    def rows(self) -> int:
+        return self.g.shape[0]
+
+    def scaled_sum(self, scale: Tensor, shape: torch.Size, groups: int) -> Tensor:
+        x, g = wide(self.x), wide(self.g)
+        weight = scale.view(-1, 1, 1)
+        x, g = (x * weight, g) if x.shape[2] < g.shape[2] else (x, g * weight)
+        if groups == 1:
+            return gemm.outer_sum(*_flat(g, x)).view(1, *shape)
+        x, g = (side.reshape(groups, -1, side.shape[2]) for side in (x, g))
+        return gemm.stacked_outer_sum(g, x).view(groups, *shape)
+
+    def bundled(self, bundles: Bundles) -> Dense:
+        return Dense(bundles.laid(self.x), bundles.laid(self.g))
+
+    def cleaned(self, keep: Tensor) -> Dense:
+        return Dense(_cleaned(self.x, keep), _cleaned(self.g, keep))
+
 
 @dataclass
 class OneHot:
@@ -38,6 +97,105 @@ class OneHot:
     index: Tensor
     g: Tensor
 
+    def rows(self) -> int:
+        return self.g.shape[0]
+
+    def scaled_sum(self, scale: Tensor, shape: torch.Size, groups: int) -> Tensor:
+        vocabulary, width = shape
+        g = (wide(self.g) * scale.view(-1, 1, 1)).reshape(-1, width)
+        index = self.index.reshape(groups, -1)
+        if groups > 1:
+            index = index + torch.arange(groups, device=g.device).mul_(vocabulary).unsqueeze(1)
+        table = g.new_zeros((groups * vocabulary, width))
+        return table.index_add_(0, index.reshape(-1), g).view(groups, *shape)
+
+    def bundled(self, bundles: Bundles) -> OneHot:
+        return OneHot(bundles.laid(self.index), bundles.laid(self.g))
+
+    def cleaned(self, keep: Tensor) -> OneHot:
+        return OneHot(self.index, _cleaned(self.g, keep))
+
+
+@dataclass
+class Bag:
+    """Factor of a table (V, D) whose rows were summed: `index` (rows, T) int64; `share` (rows, T),
+    the weight of each in the sum, or None for 1 / T; `g` (rows, D), gradient of the sum.
+    """
+
+    index: Tensor
+    share: Tensor | None
+    g: Tensor
+
+    def rows(self) -> int:
+        return self.g.shape[0]
+
+    def as_onehot(self) -> OneHot:
+        length = self.index.shape[1]
+        each = self.g.unsqueeze(1).expand(-1, length, -1)
+        return OneHot(self.index, each * (1 / length if self.share is None else
+                                          self.share.unsqueeze(2)))
+
+    def squared_norm(self) -> Tensor:
+        """|g|^2 times what the weights of equal words add up to, squared, summed over words."""
+        g, length = wide(self.g), self.index.shape[1]
+        own = (g * g).sum(1)
+        if length <= PAIRED:
+            same = self.index.unsqueeze(2) == self.index.unsqueeze(1)
+            if self.share is None:
+                return own * (same.sum((1, 2)) / length**2)
+            share = wide(self.share)
+            return own * torch.einsum("rt,rts,rs->r", share, same.to(share.dtype), share)
+        ordered, order = self.index.sort(1)
+        rank = torch.zeros_like(ordered)
+        rank[:, 1:] = (ordered[:, 1:] != ordered[:, :-1]).cumsum(1)
+        share = (g.new_full(rank.shape, 1 / length) if self.share is None
+                 else wide(self.share).gather(1, order))
+        return own * torch.zeros_like(share).scatter_add_(1, rank, share).pow_(2).sum(1)
+
+    def scaled_sum(self, scale: Tensor, shape: torch.Size, groups: int) -> Tensor:
+        if groups > 1 or self.share is not None:
+            return self.as_onehot().scaled_sum(scale, shape, groups)
+        rows, length = self.index.shape
+        g = wide(self.g) * (scale * (1 / length)).unsqueeze(1)
+        each = g.unsqueeze(1).expand(-1, length, -1).reshape(rows * length, -1)
+        return g.new_zeros(shape).index_add_(0, self.index.reshape(-1), each).unsqueeze(0)
+
+    def bundled(self, bundles: Bundles) -> OneHot:
+        return self.as_onehot().bundled(bundles)
+
+    def cleaned(self, keep: Tensor) -> Bag:
+        return Bag(self.index, self.share, _cleaned(self.g, keep))
+
+
+@dataclass
+class Summed:
+    """Factor of a bias (D,), whose gradient is that of the output at every position: `g`
+    (rows, T, D). Kept as it is, so that its norm comes from a Gram product made for the weight.
+    """
+
+    g: Tensor
+
+    def rows(self) -> int:
+        return self.g.shape[0]
+
+    def scaled_sum(self, scale: Tensor, shape: torch.Size, groups: int) -> Tensor:
+        g = wide(self.g)
+        if groups == 1 and g.shape[1] == 1:
+            return scale.unsqueeze(0) @ g.squeeze(1)
+        if groups == 1:
+            each = scale.view(-1, 1).expand(g.shape[:2])
+            if g.transpose(0, 1).is_contiguous():
+                each, g = each.t(), g.transpose(0, 1)
+            return (each.reshape(1, -1) @ g.reshape(-1, g.shape[2])).view(1, *shape)
+        each = scale.view(groups, -1, 1).expand(-1, -1, g.shape[1]).reshape(groups, 1, -1)
+        return torch.bmm(each, g.reshape(groups, -1, g.shape[2])).view(groups, *shape)
+
+    def bundled(self, bundles: Bundles) -> Summed:
+        return Summed(bundles.laid(self.g))
+
+    def cleaned(self, keep: Tensor) -> Summed:
+        return Summed(_cleaned(self.g, keep))
+
 
 @dataclass
 class Direct:
@@ -45,8 +203,20 @@ class Direct:
 
     grad: Tensor
 
+    def rows(self) -> int:
+        return self.grad.shape[0]
 
-Factor = Dense | OneHot | Direct
+    def scaled_sum(self, scale: Tensor, shape: torch.Size, groups: int) -> Tensor:
+        grad = wide(self.grad)
+        weight = scale.view(groups, 1, -1)
+        stacked = grad.reshape(groups, weight.shape[2], -1)
+        return torch.bmm(weight, stacked).view(groups, *shape)
+
+    def bundled(self, bundles: Bundles) -> Direct:
+        return Direct(bundles.added(wide(self.grad)))
+
+    def cleaned(self, keep: Tensor) -> Direct:
+        return Direct(_cleaned(self.grad, keep))
 
 
 def wide(tensor: Tensor) -> Tensor:
@@ -54,33 +224,14 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
-# By id: the tensor, kept alive so that no other can take its id, and its Gram product.
-Grams = dict[int, tuple[Tensor, Tensor]]
-
-
-def squared_norms(factors: list[Factor], grams: Grams) -> Tensor:
-    """(rows,) squared norm of each row's gradient of one parameter, over all its uses.
-
-    `grams`: Gram products of output gradients seen so far in this pass, by id of the tensor: an
-    LSTM's two matrices share theirs.
-    """
-    merged = merge(factors)
-    total = sum((_own_norm(factor, grams) for factor in merged), torch.zeros(()))
-    if len(merged) == 2:
-        total = total + 2 * _cross_term(merged)
-    return total.clamp_min(0.0)
-
-
-def clipped_sum(
-    factors: list[Factor], scale: Tensor, shape: torch.Size, groups: int
-) -> Tensor:
+def clipped_sum(factors: list[Factor], scale: Tensor, shape: torch.Size, groups: int) -> Tensor:
     """Sum over each group's rows of `scale[row]` times the row's gradient: (groups, *shape).
 
     `scale`: (rows,). Rows come group by group, equally many in each.
     """
     out: Tensor | None = None
-    for factor in merge(factors):
-        part = _scaled_sum(factor, scale, shape, groups)
+    for factor in factors:
+        part = factor.scaled_sum(scale, shape, groups)
         out = part if out is None else out.add_(part)
     return out if out is not None else scale.new_zeros((groups, *shape))
 
@@ -90,115 +241,30 @@ def zero_rows(factors: list[Factor], keep: Tensor) -> list[Factor]:
 
     Needed before a product: 0 * NaN is NaN, so one broken row would spoil its group's sum.
     """
-
-    def cleaned(tensor: Tensor) -> Tensor:
-        mask = keep.view(-1, *[1] * (tensor.dim() - 1))
-        return torch.where(mask, tensor, torch.zeros((), dtype=tensor.dtype, device=tensor.device))
-
-    result: list[Factor] = []
-    for factor in factors:
-        if isinstance(factor, Dense):
-            result.append(Dense(cleaned(factor.x), cleaned(factor.g)))
-        elif isinstance(factor, OneHot):
-            result.append(OneHot(factor.index, cleaned(factor.g)))
-        else:
-            result.append(Direct(cleaned(factor.grad)))
-    return result
+    return [factor.cleaned(keep) for factor in factors]
 
 
-def merge(factors: list[Factor]) -> list[Factor]:
-    """At most one factor of each kind: uses of one parameter are laid end to end along T."""
+AnyFactor = TypeVar("AnyFactor", Dense, OneHot, Summed, Direct)
+
+
+def joined(factors: list[AnyFactor]) -> AnyFactor:
+    """Several uses of one parameter as one: laid end to end along their positions."""
+    first = factors[0]
     if len(factors) == 1:
-        return factors
-    merged: list[Factor] = []
-    dense = [factor for factor in factors if isinstance(factor, Dense)]
-    if dense:
-        x, g = (torch.cat([getattr(f, side) for f in dense], dim=1) for side in "xg")
-        merged.append(Dense(x, g))
-    onehot = [factor for factor in factors if isinstance(factor, OneHot)]
-    if onehot:
-        index = torch.cat([factor.index for factor in onehot], dim=1)
-        merged.append(OneHot(index, torch.cat([factor.g for factor in onehot], dim=1)))
-    direct = [factor for factor in factors if isinstance(factor, Direct)]
-    if direct:
-        merged.append(Direct(torch.stack([factor.grad for factor in direct]).sum(0)))
-    if direct and len(merged) > 1:
-        raise NotImplementedError("a parameter is used both as a matrix and as a vector")
-    return merged
+        return first
+    if isinstance(first, Direct):
+        return replace(first, grad=torch.stack([f.grad for f in factors]).sum(0))
+    sides = vars(first)
+    return replace(first, **{s: torch.cat([vars(f)[s] for f in factors], dim=1) for s in sides})
 
 
-def _own_norm(factor: Factor, grams: Grams) -> Tensor:
-    if isinstance(factor, Direct):
-        return wide(factor.grad).flatten(1).pow(2).sum(1)
-    if isinstance(factor, OneHot):
-        return _onehot_norm(factor.index, wide(factor.g))
-    return _dense_norm(factor, grams)
+def _flat(g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Both as (rows T, ·), in whichever common order of rows and positions copies least."""
+    if g.transpose(0, 1).is_contiguous() and g.shape[0] > 1 and g.shape[1] > 1:
+        g, x = g.transpose(0, 1), x.transpose(0, 1)
+    return g.reshape(-1, g.shape[2]), x.reshape(-1, x.shape[2])
 
 
-def _dense_norm(factor: Dense, grams: Grams) -> Tensor:
-    x, g = wide(factor.x), wide(factor.g)
-    rows, length, width = x.shape
-    out = g.shape[2]
-    if length == 1:
-        return x.pow(2).sum((1, 2)) * g.pow(2).sum((1, 2))
-    gram = length * (width + out) <= width * out
-    per_row = 4 * (2 * length * length if gram else width * out)
-    step = max(1, DIRECT_BYTES // per_row)
-    if gram and rows <= step:
-        if id(factor.g) not in grams:
-            grams[id(factor.g)] = (factor.g, torch.bmm(g, g.transpose(1, 2)))
-        return torch.bmm(x, x.transpose(1, 2)).mul_(grams[id(factor.g)][1]).sum((1, 2))
-    parts = []
-    for start in range(0, rows, step):
-        xs, gs = x[start : start + step], g[start : start + step]
-        if gram:
-            product = torch.bmm(xs, xs.transpose(1, 2)).mul_(torch.bmm(gs, gs.transpose(1, 2)))
-            parts.append(product.sum((1, 2)))
-        else:
-            parts.append(torch.bmm(gs.transpose(1, 2), xs).pow_(2).sum((1, 2)))
-    return torch.cat(parts)
-
-
-def _onehot_norm(index: Tensor, g: Tensor) -> Tensor:
-    rows, length = index.shape
-    step = max(1, DIRECT_BYTES // (8 * length * length))
-    parts = []
-    for start in range(0, rows, step):
-        ids, gs = index[start : start + step], g[start : start + step]
-        same = ids.unsqueeze(2) == ids.unsqueeze(1)
-        parts.append(torch.bmm(gs, gs.transpose(1, 2)).mul_(same).sum((1, 2)))
-    return torch.cat(parts)
-
-
-def _cross_term(merged: list[Factor]) -> Tensor:
-    """<sum_t g_t x_t^T, sum_s onehot(i_s) h_s^T> per row: a table tied to an output layer."""
-    dense = next(factor for factor in merged if isinstance(factor, Dense))
-    onehot = next(factor for factor in merged if isinstance(factor, OneHot))
-    # The matrix is (V, D): dense g runs over V, dense x and the table's g over D.
-    index = onehot.index.unsqueeze(1).expand(-1, dense.g.shape[1], -1)
-    picked = wide(dense.g).gather(2, index)
-    return torch.bmm(wide(dense.x), wide(onehot.g).transpose(1, 2)).mul_(picked).sum((1, 2))
-
-
-def _scaled_sum(factor: Factor, scale: Tensor, shape: torch.Size, groups: int) -> Tensor:
-    if isinstance(factor, Direct):
-        grad = wide(factor.grad)
-        weight = scale.view(groups, 1, -1)
-        stacked = grad.reshape(groups, weight.shape[2], -1)
-        return torch.bmm(weight, stacked).view(groups, *shape)
-    if isinstance(factor, OneHot):
-        return _scaled_table(factor, scale, shape, groups)
-    x, g = wide(factor.x), wide(factor.g)
-    weight = scale.view(-1, 1, 1)
-    x, g = (x * weight, g) if x.shape[2] < g.shape[2] else (x, g * weight)
-    x, g = (side.reshape(groups, -1, side.shape[2]) for side in (x, g))
-    return torch.bmm(g.transpose(1, 2), x)
-
-
-def _scaled_table(factor: OneHot, scale: Tensor, shape: torch.Size, groups: int) -> Tensor:
-    vocabulary, width = shape
-    g = (wide(factor.g) * scale.view(-1, 1, 1)).reshape(-1, width)
-    offset = torch.arange(groups, device=g.device).mul_(vocabulary)
-    index = (factor.index.reshape(groups, -1) + offset.unsqueeze(1)).reshape(-1)
-    table = g.new_zeros((groups * vocabulary, width))
-    return table.index_add_(0, index, g).view(groups, *shape)
+def _cleaned(tensor: Tensor, keep: Tensor) -> Tensor:
+    mask = keep.view(-1, *[1] * (tensor.dim() - 1))
+    return torch.where(mask, tensor, torch.zeros((), dtype=tensor.dtype, device=tensor.device))

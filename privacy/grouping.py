@@ -15,16 +15,41 @@ import torch
 from torch import Tensor, nn
 
 from sottovoce.client.errors import UnsupportedLayer
-from sottovoce.privacy.layers import Leaf, TrackedEmbedding, TrackedLayerNorm, TrackedLinear
+from sottovoce.privacy import gemm
+from sottovoce.privacy.attention import TrackedMultiheadAttention
+from sottovoce.privacy.bags import TrackedEmbeddingBag
+from sottovoce.privacy.convolution import TrackedConv1d
+from sottovoce.privacy.dropout import RowDropout
+from sottovoce.privacy.gru import TrackedGRU
+from sottovoce.privacy.hub import hub_leaf, refuse_hub_layer
+from sottovoce.privacy.layers import (
+    FrozenLinear,
+    Leaf,
+    TrackedEmbedding,
+    TrackedLayerNorm,
+    TrackedLinear,
+)
+from sottovoce.privacy.normalisation import TrackedGroupNorm, TrackedRMSNorm
 from sottovoce.privacy.recurrent import TrackedLSTM
 from sottovoce.privacy.tape import Tape
 
+# By exact type: a subclass may compute something else.
 LEAVES: dict[type[nn.Module], type[Leaf]] = {
     nn.Linear: TrackedLinear,
+    nn.modules.linear.NonDynamicallyQuantizableLinear: TrackedLinear,
     nn.Embedding: TrackedEmbedding,
+    nn.EmbeddingBag: TrackedEmbeddingBag,
     nn.LayerNorm: TrackedLayerNorm,
+    nn.RMSNorm: TrackedRMSNorm,
+    nn.GroupNorm: TrackedGroupNorm,
+    nn.Conv1d: TrackedConv1d,
     nn.LSTM: TrackedLSTM,
+    nn.GRU: TrackedGRU,
+    nn.MultiheadAttention: TrackedMultiheadAttention,
 }
+
+# Leaves that read the parameters of their children themselves.
+WHOLE = (nn.MultiheadAttention,)
 
 REMEDIES = (
     "freeze it (requires_grad_(False)), or train device by device with "
@@ -44,6 +69,7 @@ class Grouped:
         self, module: nn.Module, tape: Tape, parameters: dict[str, nn.Parameter], groups: int | None
     ) -> None:
         self.module, self.tape, self.parameters, self.groups = module, tape, parameters, groups
+        self.probed = False  # whether its rows have been seen to be apart
 
     def shapes(self) -> dict[str, torch.Size]:
         """Shape of each trainable parameter for one group."""
@@ -93,12 +119,14 @@ def _swap(model: nn.Module, devices: int | None) -> Grouped:
     memo |= {id(buffer): buffer for buffer in model.buffers()}
     tape = Tape()
     names = {id(memo[key]): name for key, name in by_id.items()}
-    module = _replace(copy.deepcopy(model, memo), tape, names)
+    module = _replace(copy.deepcopy(model, memo), tape, names, devices)
     module.register_forward_pre_hook(partial(_note_rows, tape), with_kwargs=True)
     return Grouped(module, tape, parameters, devices)
 
 
-def _replace(module: nn.Module, tape: Tape, names: dict[int, str]) -> nn.Module:
+def _replace(
+    module: nn.Module, tape: Tape, names: dict[int, str], devices: int | None
+) -> nn.Module:
     """`module` with every trainable leaf in it replaced; a shared module stays shared."""
     done: dict[int, nn.Module] = {}
 
@@ -107,28 +135,84 @@ def _replace(module: nn.Module, tape: Tape, names: dict[int, str]) -> nn.Module:
             done[id(current)] = current
             own = {
                 key: names[id(value)]
-                for key, value in current.named_parameters(recurse=False)
+                for key, value in current.named_parameters(recurse=isinstance(current, WHOLE))
                 if id(value) in names
             }
-            if own:
-                done[id(current)] = LEAVES[type(current)](current, tape, own)
+            kind = leaf_type(current) if own else None
+            if kind is not None:
+                if devices is not None:
+                    _stack_frozen(current, names, devices)
+                done[id(current)] = kind(current, tape, own)
+            elif type(current) is nn.Linear and gemm.onednn_is_faster() and not has_hooks(current):
+                done[id(current)] = FrozenLinear(current)
+            elif type(current) is nn.Dropout:
+                done[id(current)] = RowDropout.of(current, tape)
             else:
                 for key, child in list(current.named_children()):
                     setattr(current, key, visit(child))
+                _keep_off_fused_kernels(current)
         return done[id(current)]
 
     return visit(module)
 
 
+def leaf_type(module: nn.Module) -> type[Leaf] | None:
+    """The tracked form of a layer, or None where there is none."""
+    return LEAVES.get(type(module)) or hub_leaf(module)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something runs before or after the module that a stand-in would skip."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+
+
+def _stack_frozen(leaf: nn.Module, names: dict[int, str], devices: int) -> None:
+    """Frozen parameters beside a stacked one, seen as a stack too; nothing is copied."""
+    for module in leaf.modules():
+        own = dict(module.named_parameters(recurse=False))
+        if any(id(parameter) in names for parameter in own.values()):
+            for key, parameter in own.items():
+                if id(parameter) not in names:
+                    stack = parameter.detach().expand(devices, *parameter.shape)
+                    module.register_parameter(key, nn.Parameter(stack, requires_grad=False))
+
+
+def _keep_off_fused_kernels(module: nn.Module) -> None:
+    """Torch's encoder has kernels for eval mode that read the weights past tracked leaves."""
+    if any(isinstance(inner, Leaf) for inner in module.modules()):
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0
+        if isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False
+
+
 def _note_rows(tape: Tape, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-    """Tell the tape the first dimension of the first tensor that the model is called with."""
-    values = [*args, *kwargs.values()]
+    """Tell the tape the first dimension of the first tensor that the model is called with.
+
+    Named inputs of `transformers` come first: position ids may have one row for all.
+    """
+    if args and isinstance(args[0], Tensor):
+        tape.rows = args[0].shape[0] if args[0].dim() else None
+        return
+    named = [kwargs[key] for key in ("input_ids", "inputs_embeds") if key in kwargs]
+    values = [*args, *named, *kwargs.values()]
     flat = [v for value in values for v in (value.values() if isinstance(value, dict) else [value])]
     first = next((value for value in flat if isinstance(value, Tensor) and value.dim()), None)
     tape.rows = None if first is None else first.shape[0]
 
 
 def _refuse_unknown(model: nn.Module) -> None:
+    """Raise UnsupportedLayer for a trainable layer that no tracked leaf can stand in for.
+
+    A parameter beside its leaf is none of those: BERT's head for masked words keeps the bias of
+    the linear layer inside it. Should it be used there, the backward pass finds out.
+    """
+    held = {
+        id(parameter)
+        for module in model.modules()
+        if leaf_type(module) is not None
+        for parameter in module.parameters(recurse=False)
+    }
     for path, module in model.named_modules():
         label = f"{path or 'the model itself'} ({type(module).__name__})"
         if isinstance(module, nn.modules.batchnorm._NormBase) and not isinstance(
@@ -138,12 +222,27 @@ def _refuse_unknown(model: nn.Module) -> None:
                 f"{label} mixes the rows of a batch, which voids per-example privacy: replace it "
                 "by GroupNorm or LayerNorm"
             )
+        if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
+            _refuse_sequence_first(module, label)
         own = [p for p in module.parameters(recurse=False) if p.requires_grad]
-        if own and type(module) not in LEAVES:
+        if own:
+            refuse_hub_layer(path, module, label)
+        if any(id(parameter) not in held for parameter in own):
             raise UnsupportedLayer(
                 f"{label} has trainable parameters but no tracked form: {REMEDIES}"
             )
-        if own and (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks):
+        if own and has_hooks(module):
             raise UnsupportedLayer(
                 f"{label} has hooks, which a tracked leaf would skip: remove them"
             )
+
+
+def _refuse_sequence_first(
+    layer: nn.TransformerEncoderLayer | nn.TransformerDecoderLayer, label: str
+) -> None:
+    attention: nn.MultiheadAttention = layer.self_attn
+    if not attention.batch_first and any(p.requires_grad for p in layer.parameters()):
+        raise UnsupportedLayer(
+            f"{label} has batch_first=False, which gives its linear layers time in place of the "
+            "rows: build it with batch_first=True"
+        )

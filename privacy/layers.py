@@ -16,24 +16,34 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sottovoce.client.errors import UnsupportedLayer
-from sottovoce.privacy.factors import Dense, Direct, OneHot
+from sottovoce.privacy import gemm
+from sottovoce.privacy.factors import Dense, Direct, Factor, OneHot, Summed
 from sottovoce.privacy.tape import Tape
 
 
 def by_rows(tensor: Tensor) -> Tensor:
     """(rows, ..., D) as (rows, T, D), T the product of what lies between (1 if nothing does)."""
+    if tensor.dim() <= 3:
+        return tensor if tensor.dim() == 3 else tensor.unsqueeze(1)
     return tensor.reshape(tensor.shape[0], math.prod(tensor.shape[1:-1]), tensor.shape[-1])
 
 
 def grouped_matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b for x (rows, T, in); W (out, in), or (groups, out, in) with rows group by group."""
+    """x W^T + b: x (rows, [T,] in); W (out, in), or (groups, out, in), rows group by group."""
     if weight.dim() == 2:
-        return F.linear(x, weight, bias)
+        return gemm.linear(x, weight, bias)
     groups, out, width = weight.shape
-    flat = x.reshape(groups, -1, width)
-    matrix = weight.transpose(1, 2)
-    y = torch.bmm(flat, matrix) if bias is None else torch.baddbmm(bias.unsqueeze(1), flat, matrix)
-    return y.view(x.shape[0], -1, out)
+    y = gemm.stacked_linear(x.reshape(groups, -1, width), weight, bias)
+    return y.view(*x.shape[:-1], out)
+
+
+def grouped_back(g: Tensor, weight: Tensor) -> Tensor:
+    """g W for g (rows, [T,] out): the gradient of the input of `grouped_matmul`."""
+    weight = weight.to(g.dtype)  # under autocast the output is narrower than the weight
+    if weight.dim() == 2:
+        return gemm.matmul(g, weight)
+    flat = g.reshape(weight.shape[0], -1, g.shape[-1])
+    return gemm.stacked_matmul(flat, weight).view(*g.shape[:-1], weight.shape[2])
 
 
 def applied(function: type[torch.autograd.Function], *inputs: Any) -> Tensor:
@@ -52,7 +62,7 @@ class Leaf(nn.Module):
         for name, parameter in layer.named_parameters(recurse=False):
             self.register_parameter(name, parameter)
 
-    def record(self, own_name: str, factor: Dense | OneHot | Direct) -> None:
+    def record(self, own_name: str, factor: Factor) -> None:
         if own_name in self.names:
             self.tape.record(self.names[own_name], factor)
 
@@ -67,12 +77,12 @@ class _LinearFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         x, weight = ctx.saved_tensors
-        (g,) = grads
+        g = by_rows(grads[0])  # one object for both, so that its Gram product is made once
         if "weight" in ctx.leaf.names:
-            ctx.leaf.record("weight", Dense(x, g))
+            ctx.leaf.record("weight", Dense(by_rows(x), g))
         if "bias" in ctx.leaf.names:
-            ctx.leaf.record("bias", Direct(g.sum(1)))
-        back = grouped_matmul(g, weight.transpose(-1, -2)) if ctx.needs_input_grad[0] else None
+            ctx.leaf.record("bias", Summed(g))
+        back = grouped_back(grads[0], weight) if ctx.needs_input_grad[0] else None
         return back, None, None, None
 
 
@@ -90,8 +100,33 @@ class TrackedLinear(Leaf):
 
     def forward(self, x: Tensor) -> Tensor:
         self.tape.see(x.shape[0])
-        y = applied(_LinearFunction, by_rows(x), self.weight, self.bias, self)
-        return y.view(*x.shape[:-1], self.out_features)
+        return applied(_LinearFunction, x, self.weight, self.bias, self)
+
+
+class _FrozenLinearFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.weight = weight
+        return gemm.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return gemm.matmul(grads[0], ctx.weight.to(grads[0].dtype)), None, None
+
+
+class FrozenLinear(nn.Module):
+    """`torch.nn.Linear` whose parameters do not train, on the faster library (`gemm`)."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = layer.weight, layer.bias
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.train(layer.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not x.requires_grad:
+            return gemm.linear(x, self.weight, self.bias)
+        return applied(_FrozenLinearFunction, x, self.weight, self.bias)
 
 
 class _EmbeddingFunction(torch.autograd.Function):
@@ -134,36 +169,53 @@ class TrackedEmbedding(Leaf):
             )
         self.num_embeddings, self.embedding_dim = layer.num_embeddings, layer.embedding_dim
         self.padding_idx = layer.padding_idx
+        self.for_all = False
 
     def forward(self, index: Tensor) -> Tensor:
         rows = self.tape.rows or 1
-        if index.dim() == 1 and index.shape[0] != rows:
+        if index.dim() == 1 and (self.for_all or index.shape[0] != rows):
+            self.for_all = True  # and so they are when a batch happens to have as many rows
             index = index.unsqueeze(0)
         if index.shape[0] == 1 and rows > 1:
             index = index.expand(rows, *index.shape[1:])
         self.tape.see(index.shape[0])
-        flat = index.reshape(index.shape[0], -1)
+        flat = index.reshape(index.shape[0], math.prod(index.shape[1:]))
         result = applied(_EmbeddingFunction, flat, self.weight, self)
         return result.view(*index.shape, self.embedding_dim)
 
 
-class _AffineFunction(torch.autograd.Function):
+class _LayerNormFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, leaf: Leaf) -> Tensor:
-        ctx.save_for_backward(x, weight)
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, leaf: Leaf
+    ) -> Tensor:
+        shared = weight.dim() == 1
+        affine = (weight, bias) if shared else (None, None)
+        normalise = torch.ops.aten.native_layer_norm
+        y, mean, rstd = normalise(x, x.shape[-1:], *affine, eps)
+        ctx.save_for_backward(x, mean, rstd, weight)
         ctx.leaf = leaf
-        y = _per_group(x, weight, torch.mul)
+        if shared:
+            return cast(Tensor, y)
+        y = _per_group(y, weight, torch.mul)
         return y if bias is None else _per_group(y, bias, torch.add)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        x, weight = ctx.saved_tensors
+        x, mean, rstd, weight = ctx.saved_tensors
         (g,) = grads
         if "weight" in ctx.leaf.names:
-            ctx.leaf.record("weight", Direct((g * x).sum(1)))
+            ctx.leaf.record("weight", Direct((x - mean).mul_(rstd).mul_(g).sum(1)))
         if "bias" in ctx.leaf.names:
-            ctx.leaf.record("bias", Direct(g.sum(1)))
-        return (_per_group(g, weight, torch.mul), None, None, None)
+            ctx.leaf.record("bias", Direct(g.sum(1)))  # g itself would be kept for long
+        back = None
+        if ctx.needs_input_grad[0]:
+            shared = weight if weight.dim() == 1 else None
+            g = g.contiguous() if shared is not None else _per_group(g, weight, torch.mul)
+            back = torch.ops.aten.native_layer_norm_backward(
+                g, x, x.shape[-1:], mean, rstd, shared, None, [True, False, False]
+            )[0]
+        return back, None, None, None, None
 
 
 def _per_group(x: Tensor, vector: Tensor, operation: Any) -> Tensor:
@@ -195,5 +247,6 @@ class TrackedLayerNorm(Leaf):
 
     def forward(self, x: Tensor) -> Tensor:
         self.tape.see(x.shape[0])
-        normal = by_rows(F.layer_norm(x, self.normalized_shape, eps=self.eps))
-        return applied(_AffineFunction, normal, self.weight, self.bias, self).view(x.shape)
+        flat = by_rows(x)
+        y = applied(_LayerNormFunction, flat, self.weight, self.bias, self.eps, self)
+        return y.view(x.shape)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from torch import Tensor
+
 from sottovoce.client.errors import UnsupportedLayer
-from sottovoce.privacy.factors import Dense, Direct, Factor, OneHot
+from sottovoce.privacy.factors import Factor
 
 
 class Tape:
@@ -15,7 +19,27 @@ class Tape:
 
     def __init__(self) -> None:
         self.rows: int | None = None
+        self.listener: Callable[[str, Factor], None] | None = None
+        self._row_seeds: Tensor | None = None
+        self._calls = 0
         self._factors: dict[str, list[Factor]] = {}
+
+    @property
+    def row_seeds(self) -> Tensor | None:
+        """(rows,) int64 seeds of the rows' dropout masks; None: masks from torch's generator.
+
+        Set before a forward pass; dropout calls are counted from then on.
+        """
+        return self._row_seeds
+
+    @row_seeds.setter
+    def row_seeds(self, seeds: Tensor | None) -> None:
+        self._row_seeds, self._calls = seeds, 0
+
+    def next_call(self) -> int:
+        """The number of this dropout call since `row_seeds` was set."""
+        self._calls += 1
+        return self._calls - 1
 
     def see(self, rows: int) -> None:
         """Note the number of rows of a forward pass (the largest first dimension seen)."""
@@ -23,18 +47,26 @@ class Tape:
             self.rows = rows
 
     def record(self, name: str, factor: Factor) -> None:
+        """Keep a factor, or give it to `listener` where one is set (`sottovoce.privacy.probe`)."""
+        if self.listener is not None:
+            return self.listener(name, factor)
         self._factors.setdefault(name, []).append(factor)
 
-    def take(self, rows: int) -> dict[str, list[Factor]]:
+    @property
+    def pending(self) -> bool:
+        """Whether a backward pass left factors that nobody took."""
+        return bool(self._factors)
+
+    def take(self, rows: int, *, check: bool = True) -> dict[str, list[Factor]]:
         """Hand over the factors of a pass over `rows` rows and forget them.
 
         Raises UnsupportedLayer when some layer's first dimension was not the rows: its per-row
         gradients cannot be told apart.
         """
         factors, self._factors, self.rows = self._factors, {}, None
-        for name, uses in factors.items():
+        for name, uses in factors.items() if check else ():
             for use in uses:
-                seen = _rows(use)
+                seen = use.rows()
                 if seen != rows:
                     raise UnsupportedLayer(
                         f"parameter {name!r} saw {seen} rows where the losses have {rows}: the "
@@ -42,9 +74,3 @@ class Tape:
                     )
         return factors
 
-
-def _rows(factor: Factor) -> int:
-    if isinstance(factor, Direct):
-        return factor.grad.shape[0]
-    if isinstance(factor, Dense | OneHot):
-        return factor.g.shape[0]
