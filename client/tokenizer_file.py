@@ -36,8 +36,28 @@ def tokenizer_model(path: Path, content: str) -> dict[str, Any] | None:
     return model
 
 
+class Subwords:
+    """A tokenizer that splits words into pieces, as it would in running text.
+
+    `size`: above its highest id. `unknown`: the piece that stands for what it cannot spell, or
+    None. `before`, `after`: the pieces that it puts around a text ([CLS] … [SEP]).
+    """
+
+    def __init__(self, path: Path, content: str) -> None:
+        self._tokenizer = load_tokenizer(path, content)
+        self.size = 1 + max(self._tokenizer.get_vocab().values(), default=-1)
+        self.unknown = _unknown(self._tokenizer, json.loads(content)["model"])
+        self.before, self.after = _frame(self._tokenizer)
+        self._space = " " if _marks_spaces(self._tokenizer) else ""
+
+    def pieces(self, word: str) -> list[int]:
+        """The tokenizer's ids of one word; none where nothing is left of it."""
+        ids: list[int] = self._tokenizer.encode(self._space + word, add_special_tokens=False).ids
+        return ids
+
+
 def load_tokenizer(path: Path, content: str) -> Any:
-    """A `tokenizers.Tokenizer` that neither pads nor truncates.
+    """A `tokenizers.Tokenizer` that neither pads nor truncates nor sees special tokens in a text.
 
     Raises ConfigError naming the pip extra where the library is absent.
     """
@@ -54,4 +74,30 @@ def load_tokenizer(path: Path, content: str) -> Any:
         raise DataError(f"{path} is no Hugging Face tokenizer.json ({error})") from None
     tokenizer.no_padding()
     tokenizer.no_truncation()
+    tokenizer.encode_special_tokens = True  # a person who says "[SEP]" has said a word
     return tokenizer
+
+
+def _unknown(tokenizer: Any, model: dict[str, Any]) -> int | None:
+    name = model.get("unk_token")
+    found = model.get("unk_id") if name is None else tokenizer.token_to_id(name)
+    return None if found is None else int(found)
+
+
+def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """What the tokenizer puts before and after a text."""
+    plain = tokenizer.encode("a", add_special_tokens=False).ids
+    framed = tokenizer.encode("a").ids
+    for start in range(len(framed) - len(plain) + 1):
+        if framed[start : start + len(plain)] == plain:
+            return framed[:start], framed[start + len(plain) :]
+    return [], []
+
+
+def _marks_spaces(tokenizer: Any) -> bool:
+    """Whether a word within a text differs from the same word alone: GPT-2's pieces hold the space
+    before them."""
+    alone, spaced, text = (
+        tokenizer.encode(words, add_special_tokens=False).ids for words in ("a", " a", "a a")
+    )
+    return bool(text == alone + spaced and spaced != alone)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from sottovoce.client.errors import ConfigError, DataError
 from sottovoce.client.examples import Examples
-from sottovoce.client.tokenizer_file import load_tokenizer, read_text, tokenizer_model
+from sottovoce.client.tokenizer_file import Subwords, read_text, tokenizer_model
 
 PAD, UNK, BOS, EOS = range(4)
 SPECIALS = ("<pad>", "<unk>", "<bos>", "<eos>")
@@ -150,8 +150,9 @@ class FileVocabulary(Vocabulary):
     """A vocabulary that the user brings: a word list, or a Hugging Face `tokenizer.json`.
 
     A word list has one word a line. Of a tokenizer the word-level model is read directly; others
-    (BPE, WordPiece, Unigram) split words into several pieces by the `tokenizers` library. `content`
-    is the file's text where it is at hand already. Raises DataError naming the file.
+    (BPE, WordPiece, Unigram) split words into several pieces by the `tokenizers` library; they are
+    the `subwords`, and an id is the tokenizer's own plus 4. `content` is the file's text where it
+    is at hand already. Raises DataError naming the file.
     """
 
     source = "file"
@@ -160,25 +161,26 @@ class FileVocabulary(Vocabulary):
         self.path = Path(path)
         self._content = read_text(self.path) if content is None else content
         self._number: dict[str, int] = {}
-        self._tokenizer: Any = None
+        self.subwords: Subwords | None = None
         tokenizer = tokenizer_model(self.path, self._content)
         if tokenizer is None:
             self._number = _numbered([line.strip() for line in self._content.splitlines()])
         elif tokenizer.get("type") == "WordLevel":
             self._number = _numbered(sorted(tokenizer["vocab"], key=tokenizer["vocab"].__getitem__))
         else:
-            self._tokenizer = load_tokenizer(self.path, self._content)
-        pieces = self._tokenizer.get_vocab_size() if self._tokenizer else len(self._number)
+            self.subwords = Subwords(self.path, self._content)
+        pieces = self.subwords.size if self.subwords else len(self._number)
         if not pieces:
             raise DataError(f"{self.path} holds no words: give one word a line")
         self.size = FIRST + pieces
         self.description = f"{pieces} entries of {self.path.name}, public as the user declares"
 
     def pieces(self, word: str) -> list[int]:
-        if self._tokenizer is None:
+        if self.subwords is None:
             return [_look_up(self._number, word)]
-        found = self._tokenizer.encode(word, add_special_tokens=False).ids
-        return [FIRST + piece for piece in found] or [UNK]
+        unknown = self.subwords.unknown
+        found = self.subwords.pieces(word)
+        return [UNK if piece == unknown else FIRST + piece for piece in found] or [UNK]
 
     def to_json(self) -> dict[str, Any]:
         return {"source": self.source, "path": self.path.name, "content": self._content}

@@ -1,4 +1,7 @@
-"""Models, small enough for a device. A new one is a class and a line in `MODELS`."""
+"""Models. A new one, small enough for a device, is a class and a line in `MODELS`.
+
+Pretrained ones of `transformers` are one more: `pretrained`.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,16 @@ from dataclasses import fields
 from typing import Any
 
 import torch
+from torch import nn
 
 from sottovoce.client.errors import ConfigError
 from sottovoce.client.models.base import Shape, TextModel
 from sottovoce.client.models.bilstm import BiLSTM
 from sottovoce.client.models.causal_transformer import CausalTransformer
+from sottovoce.client.models.fine_tuning import make_pretrained
 from sottovoce.client.models.initialise import initialise
 from sottovoce.client.models.lstm import LSTM
+from sottovoce.client.models.pretrained import Pretrained
 from sottovoce.client.models.transformer import Transformer
 from sottovoce.client.tasks import TASKS, Task
 
@@ -23,14 +29,17 @@ MODELS: dict[str, type[TextModel]] = {
 }
 
 
-def make_model(name: str, task: Task, *, generator: torch.Generator, **sizes: Any) -> TextModel:
+def make_model(name: str, task: Task, *, generator: torch.Generator, **sizes: Any) -> nn.Module:
     """The model called `name`, with the logits that `task` wants, its weights from `generator`.
 
-    A size that is None takes the model's default. Raises ConfigError when there is no such model,
-    it does not fit the task, or it has no such size.
+    `pretrained` brings its weights; `generator` draws what is new. A size that is None takes the
+    model's default. Raises ConfigError when there is no such model, it does not fit the task, or
+    it has no such size.
     """
-    model_class = _fitting(name, task)
     given = {size: value for size, value in sizes.items() if value is not None}
+    if name == Pretrained.name:
+        return make_pretrained(task, generator=generator, **given)
+    model_class = _fitting(name, task)
     known = {field.name for field in fields(model_class.sizes)}
     for size in given.keys() - known:
         raise ConfigError(
@@ -46,7 +55,8 @@ def make_model(name: str, task: Task, *, generator: torch.Generator, **sizes: An
 
 def _fitting(name: str, task: Task) -> type[TextModel]:
     if name not in MODELS:
-        raise ConfigError(f"model={name} does not exist: choose one of {', '.join(MODELS)}")
+        known = ", ".join([*MODELS, Pretrained.name])
+        raise ConfigError(f"model={name} does not exist: choose one of {known}")
     model = MODELS[name]
     if model.causal != task.causal:
         tasks = [other for other, kind in TASKS.items() if kind.causal == model.causal]
