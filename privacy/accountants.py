@@ -22,6 +22,11 @@ q N(-1), by `pld` only. Fixed size without replacement, under replace-one with t
 sensitivity: `rdp` by Wang et al. 2019, arXiv:1808.00087, theorem 27; `pld` is the smaller of that
 bound and of composition without any amplification.
 
+A randomised report of pure epsilon is no likelier to tell two values apart than one coin that lies
+with probability 1 / (1 + e^epsilon) (Kairouz et al. 2015, arXiv:1311.0776): that pair is composed.
+
+Groups of devices (gateways) with nothing in common compose in parallel: the worst group counts.
+
 *Guarantee*: with the noise and rates of the events, what was released is (epsilon, delta)-DP for
 the unit, relation and observer asked for: `pld` and `rdp` are upper bounds (rounding of `pld` is
 covered by a measured margin, see `sottovoce.privacy.losses`); `prv` is a cross-check only.
@@ -36,8 +41,8 @@ from functools import lru_cache
 from typing import Any, Literal, get_args
 
 from sottovoce.client.errors import ConfigError
-from sottovoce.privacy.composition import NON_PRIVATE, Composition, Tally, dominates
-from sottovoce.privacy.events import Event, GaussianEvent, NonPrivateRelease
+from sottovoce.privacy.composition import NON_PRIVATE, Composition, Place, Tally, dominates
+from sottovoce.privacy.events import Event, GaussianEvent, NonPrivateRelease, RandomisedReport
 from sottovoce.privacy.ledger import Ledger
 from sottovoce.privacy.losses import pld_epsilon, prv_epsilon, rdp_epsilon
 
@@ -64,18 +69,24 @@ def epsilon(
     `release`, `server` or `fleet`; where left out, the only one that events name, else `release`.
     `level`: of devices at that activity level; where left out, at the worst level.
 
-    0 where nothing was released; inf where something came without noise, or where nothing was
-    recorded that protects `unit` against `observer`.
+    0 where nothing was released, yet or ever; inf where something came without noise, or where
+    nothing was recorded that protects `unit` against `observer`. A ledger that states a delta for a
+    unit promises to record whatever is released about it.
 
     Raises ConfigError for delta outside (0, 1), unknown names, or units that would be mixed.
     """
     check_delta(delta)
-    tally = Tally(events_of(source))
+    tally = source.tally if isinstance(source, Ledger) else Tally(events_of(source))
     unit, observer = tally.resolve(unit, observer)
-    found = tally.compositions(unit, observer)
-    if level is not None:
-        found = {level: tally.composition(unit, observer, level)}
-    return worst(found, delta, accountant)[0]
+    if untouched(source, tally, unit, observer):
+        return 0.0
+    return worst(tally.compositions(unit, observer, level), delta, accountant)[0]
+
+
+def untouched(source: Source, tally: Tally, unit: str, observer: str) -> bool:
+    """Whether `source` is a ledger that protects `unit` but has no release about it so far."""
+    promised = isinstance(source, Ledger) and unit in source.deltas
+    return promised and not tally.touched(unit, observer)
 
 
 def by_level(
@@ -92,50 +103,60 @@ def by_level(
     others may be up to 0.1 % too large.
     """
     check_delta(delta)
-    tally = Tally(ledger)
+    tally = ledger.tally
     unit, observer = tally.resolve(unit, observer)
     levels = sorted(tally.levels(unit) | set(ledger.levels))
-    if not levels:
+    if not levels or untouched(ledger, tally, unit, observer):
         return []
-    found: dict[int | None, Composition] = {
-        level: tally.composition(unit, observer, level) for level in levels
-    }
+    found: dict[Place, Composition] = {}
+    for level in levels:
+        found |= tally.compositions(unit, observer, level)
     highest, at = worst(found, delta, accountant)
-    devices: dict[int | None, int] = {level: count for level, count in ledger.levels.items()}
-    if devices:
-        found = {lv: steps for lv, steps in found.items() if lv in devices or lv == at}
+    worst_level = at[0] if at else None
+    shown = [lv for lv in levels if not ledger.levels or lv in ledger.levels or lv == worst_level]
     return [
         {
             "level": level,
-            "devices": devices.get(level),
+            "devices": ledger.levels.get(level),
             "sampling_rate": tally.rate(unit, level),
             "epsilon": highest
-            if level == at
-            else min(highest, composition_epsilon(steps, delta, accountant, NEARLY)),
+            if level == worst_level
+            else min(highest, _nearly(level, found, delta, accountant)),
         }
-        for level, steps in found.items()
+        for level in shown
     ]
 
 
+def _nearly(
+    level: int, found: Mapping[Place, Composition], delta: float, accountant: str
+) -> float:
+    """Epsilon of the worst group at `level`, at most about 0.1 % too large."""
+    return max(
+        composition_epsilon(steps, delta, accountant, NEARLY)
+        for (at, _), steps in found.items()
+        if at == level
+    )
+
+
 def worst(
-    found: Mapping[int | None, Composition], delta: float, accountant: str, tolerance: float = 0.0
-) -> tuple[float, int | None]:
-    """The largest epsilon of several levels, and its level.
+    found: Mapping[Place, Composition], delta: float, accountant: str, tolerance: float = 0.0
+) -> tuple[float, Place | None]:
+    """The largest epsilon of several levels, and its place (None where there are none).
 
     A level that plainly costs no more than one already seen is passed over, and so is one whose
     RDP bound is below: usually one PLD is computed for all.
     """
     if NON_PRIVATE in found.values():
-        return math.inf, next(level for level, steps in found.items() if steps == NON_PRIVATE)
-    ceiling = {level: _ceiling(steps, delta, accountant) for level, steps in found.items()}
+        return math.inf, next(place for place, steps in found.items() if steps == NON_PRIVATE)
+    ceiling = {place: _ceiling(steps, delta, accountant) for place, steps in found.items()}
     best, at = -1.0, None
-    for level in sorted(found, key=lambda key: ceiling[key], reverse=True):
-        if best >= 0 and (ceiling[level] <= best or dominates(found[at], found[level])):
+    for place in sorted(found, key=lambda key: ceiling[key], reverse=True):
+        if at is not None and (ceiling[place] <= best or dominates(found[at], found[place])):
             continue
-        value = composition_epsilon(found[level], delta, accountant, tolerance)
+        value = composition_epsilon(found[place], delta, accountant, tolerance)
         if value > best:
-            best, at = value, level
-    return best, at
+            best, at = value, place
+    return max(best, 0.0), at
 
 
 @lru_cache(maxsize=4096)
@@ -172,4 +193,5 @@ def _ceiling(steps: Composition, delta: float, accountant: str) -> float:
 
 def events_of(source: Source) -> Iterable[Event]:
     """The events of a ledger, of an iterable, or the one event."""
-    return (source,) if isinstance(source, GaussianEvent | NonPrivateRelease) else source
+    single = isinstance(source, GaussianEvent | RandomisedReport | NonPrivateRelease)
+    return (source,) if single else source  # type: ignore[return-value]

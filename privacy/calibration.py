@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 from sottovoce.client.errors import ConfigError
 from sottovoce.privacy.accountants import NEARLY, check_delta, composition_epsilon, worst
-from sottovoce.privacy.composition import NON_PRIVATE, Composition, Tally
+from sottovoce.privacy.composition import NON_PRIVATE, Composition, Place, Tally
 from sottovoce.privacy.events import Event, GaussianEvent, LevelEntry, Relation, Sampling
 from sottovoce.privacy.losses import rdp_epsilon
 
@@ -29,6 +29,7 @@ def calibrate_noise(
     *,
     mixture: Sequence[tuple[float, int]] | None = None,
     by_level: Sequence[LevelEntry] | None = None,
+    shares: Sequence[float] | None = None,
     sampling: Sampling = "poisson",
     relation: Relation = "add_remove",
     spent: Sequence[Event] = (),
@@ -38,8 +39,9 @@ def calibrate_noise(
 
     The plan is one of: `steps` releases at `sampling_rate`; a `mixture` of (rate, count), all of
     them for the same unit; or `by_level`, (level, rate, count), of which the worst level counts.
-    `spent`: further events of the same unit and observer `release`, with their own noise (an
-    activity histogram), that the target must cover too.
+    `shares`: what each entry has for its noise multiplier, over the one that is sought (a schedule,
+    a sensitivity of its own); 1 by default. `spent`: further events of the same unit and observer
+    `release`, with their own noise (an activity histogram), that the target must cover too.
 
     *Guarantee*: the plan's epsilon, as `accountant` reports it, is at most `target_epsilon`; it is
     within about 0.1 % of it unless even a noise multiplier of 0.01 would do.
@@ -51,17 +53,18 @@ def calibrate_noise(
     if not (math.isfinite(target_epsilon) and target_epsilon > 0):
         raise ConfigError(f"target epsilon={target_epsilon} must be a finite number above 0")
     entries = _entries(sampling_rate, steps, mixture, by_level)
+    shares = shares or [1.0] * len(entries)
     if not any(rate > 0 and count > 0 for _, rate, count in entries):
         raise ConfigError("nothing is released at these rates and counts: there is no noise to set")
 
     unit = spent[0].unit if spent else "device"
 
-    def plan(noise: float) -> dict[int | None, Composition]:
+    def plan(noise: float) -> dict[Place, Composition]:
         tally = Tally(spent)
-        for level, rate, count in entries:
+        for (level, rate, count), share in zip(entries, shares, strict=True):
             tally.add(
                 GaussianEvent(
-                    noise_multiplier=noise,
+                    noise_multiplier=noise * share,
                     sampling=sampling,
                     relation=relation,
                     by_level=((level, rate, count),),
@@ -105,7 +108,7 @@ def _entries(
 
 
 def _check_possible(
-    quietest: dict[int | None, Composition], target: float, delta: float, accountant: str
+    quietest: dict[Place, Composition], target: float, delta: float, accountant: str
 ) -> None:
     if NON_PRIVATE in quietest.values():
         raise ConfigError("something was released without noise: no further noise gives an epsilon")

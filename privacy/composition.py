@@ -13,9 +13,15 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from sottovoce.client.errors import ConfigError
-from sottovoce.privacy.events import OBSERVERS, Event, GaussianEvent, NonPrivateRelease
+from sottovoce.privacy.events import (
+    OBSERVERS,
+    Event,
+    GaussianEvent,
+    NonPrivateRelease,
+    RandomisedReport,
+)
 
-Kind = Literal["poisson", "poisson_replace", "revealed", "fixed_size", "none"]
+Kind = Literal["poisson", "poisson_replace", "revealed", "fixed_size", "none", "report"]
 
 LEAST_NOISE = 1e-3
 """Noise multipliers below this count as no noise: epsilon would be beyond 10^5."""
@@ -48,44 +54,65 @@ Composition = tuple[tuple[Step, int], ...]
 NON_PRIVATE: Composition = ((Step("none", 0.0, 1.0), 1),)
 """Something was released that no noise protects."""
 
+Place = tuple[int | None, str | None]
+"""Activity level and group of devices; None: at no level that events list, in no group."""
+
 _Source = tuple[str, str, float, float]  # sampling, relation, noise multiplier, rate
+_REPORT = "report"
+_MANY = 400
+"""Different sources of a level beyond which they are kept on a grid only."""
 
 
 @dataclass
 class _Group:
-    """Counts of one (unit, observer, purpose): those for every level, and for single levels."""
+    """Counts of one (unit, observer, purpose, group): for every level, and for single levels."""
 
     everywhere: Counter[_Source] = field(default_factory=Counter)
     by_level: dict[int, Counter[_Source]] = field(default_factory=dict)
 
-    def add(self, event: GaussianEvent) -> None:
+    def add(self, event: GaussianEvent | RandomisedReport) -> None:
+        if isinstance(event, RandomisedReport):
+            noise = 1 / event.epsilon if event.epsilon else math.inf
+            _count(self.everywhere, (_REPORT, event.relation, noise, 1.0), event.count)
+            return
         facts = (event.sampling, event.relation, event.noise_multiplier)
         if event.by_level is None:
-            self.everywhere[(*facts, event.sampling_rate)] += event.count
+            _count(self.everywhere, (*facts, event.sampling_rate), event.count)
         for level, rate, count in event.by_level or ():
-            self.by_level.setdefault(level, Counter())[(*facts, rate)] += count
+            _count(self.by_level.setdefault(level, Counter()), (*facts, rate), count)
 
     def at(self, level: int | None) -> Counter[_Source]:
         if level is None or level not in self.by_level:
             return self.everywhere
         return self.everywhere + self.by_level[level]
 
-    def sources(self) -> Iterator[_Source]:
-        yield from self.everywhere
-        for counts in self.by_level.values():
-            yield from counts
-
     def copy(self) -> _Group:
         levels = {level: counts.copy() for level, counts in self.by_level.items()}
         return _Group(self.everywhere.copy(), levels)
 
 
+def _count(counts: Counter[_Source], source: _Source, count: int) -> None:
+    """Add to `counts`; where they are many, on a grid that only raises epsilon.
+
+    Schedules that never repeat a noise would make every round dearer to account than the last:
+    the noise is rounded down and the rate up by at most 0.2 % each.
+    """
+    if source not in counts and len(counts) >= _MANY:
+        sampling, relation, noise, rate = source
+        if noise > 0 and rate > 0:
+            noise = min(noise, math.exp(_cell(noise, 0.002) * 0.002))
+            rate = min(1.0, max(rate, math.exp((_cell(rate, 0.002) + 1) * 0.002)))
+            source = (sampling, relation, noise, 1.0 if sampling == "none" else rate)
+    counts[source] += count
+
+
 class Tally:
-    """Events added up by unit, observer, purpose and level; adding one more is cheap."""
+    """Events added up by unit, observer, purpose, group and level; adding one more is cheap."""
 
     def __init__(self, events: Iterable[Event] = ()) -> None:
-        self._groups: dict[tuple[str, str, str], _Group] = {}
+        self._groups: dict[tuple[str, str, str, str | None], _Group] = {}
         self._exposed: set[tuple[str, str]] = set()
+        self._relations: set[tuple[str, str]] = set()
         for event in events:
             self.add(event)
 
@@ -93,21 +120,26 @@ class Tally:
         if isinstance(event, NonPrivateRelease):
             self._exposed.add((event.unit, event.observer))
         else:
-            key = (event.unit, event.observer, event.purpose)
+            self._relations.add((event.unit, event.relation))
+            key = (event.unit, event.observer, event.purpose, event.group)
             self._groups.setdefault(key, _Group()).add(event)
 
     def plus(self, event: Event) -> Tally:
         """A copy with one event more."""
         other = Tally()
         other._groups = {key: group.copy() for key, group in self._groups.items()}
-        other._exposed = set(self._exposed)
+        other._exposed, other._relations = set(self._exposed), set(self._relations)
         other.add(event)
         return other
 
     @property
     def seen(self) -> set[tuple[str, str]]:
         """(unit, observer) of every event."""
-        return {(unit, observer) for unit, observer, _ in self._groups} | self._exposed
+        return {(unit, observer) for unit, observer, *_ in self._groups} | self._exposed
+
+    def touched(self, unit: str, observer: str) -> bool:
+        """Whether anything about `unit` was released that `observer` sees, noised or not."""
+        return any(u == unit for u, *_ in self._groups) or self._is_exposed(unit, observer)
 
     def resolve(self, unit: str | None, observer: str | None) -> tuple[str, str]:
         """The unit and observer meant: those named, else the only ones, else `release`.
@@ -126,55 +158,73 @@ class Tally:
 
     def levels(self, unit: str) -> set[int]:
         """Activity levels that some event of `unit` lists."""
-        groups = (group for (u, _, _), group in self._groups.items() if u == unit)
-        return {level for group in groups for level in group.by_level}
+        return {level for group in self._of(unit) for level in group.by_level}
+
+    def groups(self, unit: str) -> list[str | None]:
+        """Groups of devices that events of `unit` tell apart; [None] where they tell none."""
+        found = {name for u, _, _, name in self._groups if u == unit and name is not None}
+        return [*sorted(found)] or [None]
 
     def rate(self, unit: str, level: int | None) -> float:
         """The largest rate at which `level` was sampled for `unit`; 1 where it was not sampled."""
-        groups = [group.at(level) for (u, _, _), group in self._groups.items() if u == unit]
-        counts: Counter[_Source] = sum(groups, Counter())
-        sampled = [rate for (sampling, _, _, rate) in counts if sampling != "none"]
+        counts: Counter[_Source] = sum((g.at(level) for g in self._of(unit)), Counter())
+        sampled = [r for (sampling, _, _, r) in counts if sampling not in ("none", _REPORT)]
         return max(sampled, default=1.0 if counts else 0.0)
 
     def relation(self, unit: str) -> str:
         """The neighbouring relation under which everything about `unit` is accounted together."""
-        groups = [group for (u, _, _), group in self._groups.items() if u == unit]
-        found = {source[1] for group in groups for source in group.sources()}
         for relation in ("replace_one", "zero_out"):
-            if relation in found:
+            if (unit, relation) in self._relations:
                 return relation
         return "add_remove"
 
-    def composition(self, unit: str, observer: str, level: int | None) -> Composition:
+    def composition(
+        self, unit: str, observer: str, level: int | None, group: str | None = None
+    ) -> Composition:
         """What a unit at `level` (None: at a level that no event lists) is subjected to.
 
         Of each purpose, those events count that were recorded for `observer` or, failing that, for
         the next one who sees more: `observer` sees a function of what that one sees. What is
         recorded only for one who sees less comes with no guarantee against `observer`, and a unit
         that no event protects has none at all: both are `NON_PRIVATE`.
+
+        `group`: of devices of that group, to whom what is recorded for other groups does nothing
+        (parallel composition: who is in which group does not hang on the data).
         """
         if not self.seen:
             return ()
         rank = _rank(observer)
-        if any(u == unit and _rank(o) <= rank for u, o in self._exposed):
+        if self._is_exposed(unit, observer):
             return NON_PRIVATE
-        purposes = {p for u, _, p in self._groups if u == unit}
-        nearest = [self._nearest(unit, purpose, rank) for purpose in sorted(purposes)]
+        purposes = {(p, g) for u, _, p, g in self._groups if u == unit and g in (None, group)}
+        nearest = [self._nearest(unit, *purpose, rank) for purpose in sorted(purposes, key=str)]
         counts: Counter[_Source] = Counter()
-        for group in nearest:
-            if group is None:
+        for found in nearest:
+            if found is None:
                 return NON_PRIVATE
-            counts.update(group.at(level))
-        return _normalised(counts) if nearest else NON_PRIVATE
+            counts.update(found.at(level))
+        return _normalised(counts, self.relation(unit)) if nearest else NON_PRIVATE
 
-    def compositions(self, unit: str, observer: str) -> dict[int | None, Composition]:
-        """The composition of each level that events list; under None where they list none."""
+    def compositions(
+        self, unit: str, observer: str, level: int | None = None
+    ) -> dict[Place, Composition]:
+        """The composition of each group at each level (or at the one given) that events list."""
         levels: list[int | None] = [*sorted(self.levels(unit))] or [None]
-        return {level: self.composition(unit, observer, level) for level in levels}
+        return {
+            (at, group): self.composition(unit, observer, at, group)
+            for at in (levels if level is None else [level])
+            for group in self.groups(unit)
+        }
 
-    def _nearest(self, unit: str, purpose: str, rank: int) -> _Group | None:
-        groups = (self._groups.get((unit, o, purpose)) for o in OBSERVERS[rank:])
-        return next((group for group in groups if group is not None), None)
+    def _of(self, unit: str) -> Iterator[_Group]:
+        return (group for (u, *_), group in self._groups.items() if u == unit)
+
+    def _is_exposed(self, unit: str, observer: str) -> bool:
+        return any(u == unit and _rank(o) <= _rank(observer) for u, o in self._exposed)
+
+    def _nearest(self, unit: str, purpose: str, group: str | None, rank: int) -> _Group | None:
+        groups = (self._groups.get((unit, o, purpose, group)) for o in OBSERVERS[rank:])
+        return next((found for found in groups if found is not None), None)
 
 
 def _rank(observer: str) -> int:
@@ -184,15 +234,15 @@ def _rank(observer: str) -> int:
     return [str(o) for o in OBSERVERS].index(observer)
 
 
-def _normalised(counts: Counter[_Source]) -> Composition:
-    """Steps under one relation; what is not sampled is merged into a single Gaussian."""
-    replace_one = any(relation == "replace_one" for _, relation, _, _ in counts)
+def _normalised(counts: Counter[_Source], relation: str) -> Composition:
+    """Steps under `relation`; what is not sampled is merged into a single Gaussian."""
+    replace_one = relation == "replace_one"
     steps: Counter[Step] = Counter()
     unsampled = 0.0
-    for (sampling, relation, noise, rate), count in counts.items():
-        if count == 0 or rate == 0.0:
+    for (sampling, stated, noise, rate), count in counts.items():
+        if count == 0 or rate == 0.0 or noise == math.inf:
             continue
-        step = _step(sampling, relation, noise, rate, replace_one)
+        step = _step(sampling, stated, noise, rate, replace_one)
         if step.noise < LEAST_NOISE:
             return NON_PRIVATE
         if step.kind == "none":
@@ -207,6 +257,8 @@ def _normalised(counts: Counter[_Source]) -> Composition:
 
 def _step(sampling: str, relation: str, noise: float, rate: float, replace_one: bool) -> Step:
     """A step under add/remove and zero-out, or, where a run needs it, under replace-one."""
+    if sampling == _REPORT:
+        return Step("report", noise, 1.0)
     doubled = noise / 2 if replace_one else noise
     if sampling == "none" or rate >= ALWAYS:
         return Step("none", doubled, 1.0)

@@ -4,6 +4,7 @@ An event is a fact about one release (how much noise, for whom, who was sampled 
 probability), never a figure derived from it: accountants read events, mechanisms write them.
 
 GaussianEvent       a sum plus Gaussian noise, once or `count` times, for some sample of units
+RandomisedReport    what every unit says of itself, but a lie with a known probability
 NonPrivateRelease   something an observer sees that no noise protects: epsilon is infinite
 """
 
@@ -11,7 +12,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal, get_args
 
 Unit = Literal["device", "example"]
@@ -22,9 +24,6 @@ LevelEntry = tuple[int, float, int]
 
 OBSERVERS: tuple[Observer, ...] = get_args(Observer)
 """From the one who sees least to the one who sees most: each also sees what those before it see."""
-
-EVENT_SCHEMA = 1
-
 
 @dataclass(frozen=True, kw_only=True)
 class GaussianEvent:
@@ -61,6 +60,9 @@ class GaussianEvent:
 
     `observer`: against whom the guarantee holds. Who sees less only sees a function of it.
 
+    `group`: the event is about the devices of one gateway only, each of which belongs to no other
+    (`Ledger.merge`); None: about all.
+
     Raises ValueError, in one line, where a field is impossible.
     """
 
@@ -74,12 +76,10 @@ class GaussianEvent:
     observer: Observer = "release"
     purpose: str = "sum"
     round: int | None = None
+    group: str | None = None
 
     def __post_init__(self) -> None:
-        _check_choice("unit", self.unit, get_args(Unit))
-        _check_choice("relation", self.relation, get_args(Relation))
-        _check_choice("observer", self.observer, OBSERVERS)
-        _check_choice("sampling", self.sampling, get_args(Sampling))
+        _check_choices(self.unit, self.relation, self.observer, self.sampling)
         if not (math.isfinite(self.noise_multiplier) and self.noise_multiplier >= 0):
             raise ValueError(f"noise_multiplier={self.noise_multiplier} must be finite and >= 0")
         if self.sampling == "fixed_size" and self.relation != "replace_one":
@@ -92,14 +92,64 @@ class GaussianEvent:
             self._check_levels()
 
     def _check_levels(self) -> None:
-        entries = tuple((int(lv), float(rate), int(n)) for lv, rate, n in self.by_level or ())
-        object.__setattr__(self, "by_level", entries)
+        given = tuple(map(tuple, self.by_level or ()))
+        object.__setattr__(self, "by_level", _checked_entries(self.sampling, given))
         if self.count != 1 or self.sampling_rate != 1.0:
             raise ValueError("sampling_rate and count belong into by_level where that is given")
-        if len({level for level, _, _ in entries}) < len(entries):
-            raise ValueError(f"by_level={entries} lists a level twice")
-        for level, rate, count in entries:
-            _check_entry(self.sampling, rate, count, f" at level {level}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomisedReport:
+    """Each unit reports one of `options` values: its own with probability `keep`, else any.
+
+    k-ary randomised response (Warner 1965; Kairouz et al. 2014, arXiv:1407.1338): "any" is uniform
+    over all `options`, the own value among them. `observer`: who sees single reports.
+
+    Relations: `replace_one`, the unit's value is another; `zero_out`, the unit reports either way,
+    its value or a fixed one. Under add/remove a report shows that the unit is there, so
+    none is claimed.
+
+    *Guarantee*: `count` reports of a unit are epsilon-DP each, epsilon = `epsilon`, delta = 0.
+    *Assumes*: the unit's coins are its own secret; whatever follows (its sampling rate, its clip
+    norm) reads the report, never the truth.
+    """
+
+    keep: float
+    options: int
+    count: int = 1
+    unit: Unit = "device"
+    relation: Relation = "zero_out"
+    observer: Observer = "server"
+    purpose: str = "activity level"
+    round: int | None = None
+    group: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_choices(self.unit, self.relation, self.observer, "none")
+        if self.relation == "add_remove":
+            raise ValueError(
+                "relation=add_remove cannot be claimed for a report, which shows that the unit "
+                "is there: use zero_out or replace_one"
+            )
+        if not 0 <= self.keep <= 1:
+            raise ValueError(f"keep={self.keep} must be in [0, 1]")
+        if not _is_whole(self.options) or self.options < 2:
+            raise ValueError(f"options={self.options} must be a whole number of at least 2")
+        _check_entry("none", 1.0, self.count, "")
+
+    @property
+    def epsilon(self) -> float:
+        """ln of the likeliest report's probability over an unlikely one's."""
+        other = (1 - self.keep) / self.options
+        return math.log(self.keep / other + 1) if other else math.inf
+
+    @classmethod
+    def from_epsilon(cls, epsilon: float, options: int, **fields: Any) -> RandomisedReport:
+        """The report that keeps the truth as often as `epsilon` allows."""
+        if not (math.isfinite(epsilon) and epsilon >= 0):
+            raise ValueError(f"epsilon={epsilon} must be finite and >= 0")
+        keep = math.expm1(epsilon) / (math.expm1(epsilon) + options)
+        return cls(keep=keep, options=options, **fields)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,21 +170,22 @@ class NonPrivateRelease:
         _check_choice("observer", self.observer, OBSERVERS)
 
 
-Event = GaussianEvent | NonPrivateRelease
-_TYPES: dict[str, type[GaussianEvent] | type[NonPrivateRelease]] = {
+Event = GaussianEvent | RandomisedReport | NonPrivateRelease
+_TYPES: dict[str, type[GaussianEvent] | type[RandomisedReport] | type[NonPrivateRelease]] = {
     "gaussian": GaussianEvent,
+    "randomised_report": RandomisedReport,
     "non_private": NonPrivateRelease,
 }
+_KINDS = {kind: name for name, kind in _TYPES.items()}
 
 
 def event_to_json(event: Event) -> dict[str, Any]:
     """The event as plain JSON values, with its `type`; defaults that say nothing are left out."""
-    kind = "gaussian" if isinstance(event, GaussianEvent) else "non_private"
-    fields = {key: value for key, value in asdict(event).items() if value is not None}
+    fields = {key: value for key, value in vars(event).items() if value is not None}
     if "by_level" in fields:
         fields["by_level"] = [list(entry) for entry in fields["by_level"]]
         del fields["sampling_rate"], fields["count"]
-    return {"type": kind, **fields}
+    return {"type": _KINDS[type(event)], **fields}
 
 
 def event_from_json(fields: Mapping[str, Any]) -> Event:
@@ -149,9 +200,31 @@ def event_from_json(fields: Mapping[str, Any]) -> Event:
         raise ValueError(f"{kind} event is malformed: {error}") from error
 
 
+@lru_cache(maxsize=64)
+def _check_choices(unit: str, relation: str, observer: str, sampling: str) -> None:
+    _check_choice("unit", unit, get_args(Unit))
+    _check_choice("relation", relation, get_args(Relation))
+    _check_choice("observer", observer, OBSERVERS)
+    _check_choice("sampling", sampling, get_args(Sampling))
+
+
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name}={value!r} is unknown: use one of {', '.join(choices)}")
+
+
+@lru_cache(maxsize=256)
+def _checked_entries(sampling: str, given: tuple[Any, ...]) -> tuple[LevelEntry, ...]:
+    """Entries with their types; remembered, as every round has the same and one object is enough.
+
+    ValueError where one is impossible or a level comes twice.
+    """
+    for level, rate, count in given:
+        _check_entry(sampling, rate, count, f" at level {level}")
+    entries = tuple((int(level), float(rate), int(count)) for level, rate, count in given)
+    if len({level for level, _, _ in entries}) < len(entries):
+        raise ValueError(f"by_level={entries} lists a level twice")
+    return entries
 
 
 def _check_entry(sampling: str, rate: float, count: int, where: str) -> None:
@@ -159,5 +232,9 @@ def _check_entry(sampling: str, rate: float, count: int, where: str) -> None:
         raise ValueError(f"sampling_rate={rate}{where} must be in [0, 1]")
     if sampling == "none" and rate != 1.0:
         raise ValueError(f"sampling_rate={rate}{where} must be 1 with sampling=none")
-    if isinstance(count, bool) or int(count) != count or count < 0:
+    if not _is_whole(count) or count < 0:
         raise ValueError(f"count={count}{where} must be a whole number >= 0")
+
+
+def _is_whole(value: float) -> bool:
+    return not isinstance(value, bool) and math.isfinite(value) and int(value) == value

@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sottovoce.privacy.composition import Composition, Step
+from sottovoce.privacy.loss_grids import epsilon_at, gaussian_losses
 
 FINEST = 1e-4
 """Grid of the privacy loss in reported figures (dp-accounting's value_discretization_interval)."""
@@ -49,7 +50,7 @@ def pld_epsilon(steps: Composition, delta: float, tolerance: float = 0.0) -> flo
     rough = _gaussian_epsilon(_without_sampling(steps), delta)
     if all(step.kind == "none" for step, _ in steps):
         return rough
-    rough = min(rough, rdp_epsilon(steps, delta, quick=True))
+    rough = min(rough, _pure_epsilon(steps), rdp_epsilon(steps, delta, quick=True))
     guess = min(rough, rdp_epsilon(_as_add_remove(steps), delta, quick=True))
     finest = _affordable_grid(steps, guess)
     if guess > _LARGEST or delta < _LEAST_DELTA or finest is None:
@@ -101,6 +102,8 @@ def prv_epsilon(steps: Composition, delta: float) -> float:
 
 def _gaussian_epsilon(noise: float, delta: float) -> float:
     """Exact epsilon of one Gaussian release: Balle and Wang 2018, arXiv:1805.06530, theorem 8."""
+    if noise == 0:
+        return math.inf
     from dp_accounting import get_epsilon_gaussian
 
     return float(get_epsilon_gaussian(noise, delta))
@@ -108,8 +111,16 @@ def _gaussian_epsilon(noise: float, delta: float) -> float:
 
 def _without_sampling(steps: Composition) -> float:
     """Noise of the one Gaussian release that all of `steps` would be worth, were none sampled."""
+    if any(step.kind == "report" for step, _ in steps):
+        return 0.0
     noises = ((step.noise / (1 + (step.kind == "poisson_replace")), n) for step, n in steps)
     return float(sum(count / noise**2 for noise, count in noises) ** -0.5)
+
+
+def _pure_epsilon(steps: Composition) -> float:
+    """Epsilon at delta = 0: finite where there is nothing but randomised reports."""
+    pure = all(step.kind == "report" for step, _ in steps)
+    return math.fsum(count / step.noise for step, count in steps) if pure else math.inf
 
 
 def _as_add_remove(steps: Composition) -> Composition:
@@ -136,7 +147,7 @@ def _grid_epsilon(steps: Composition, delta: float, grid: float) -> float:
         total, *others = [_composed(step, count, grid) for step, count in steps]
         for other in others:
             total = total.compose(other)
-        return float(total.get_epsilon_for_delta(left))
+        return epsilon_at(total, left)
     except (ValueError, ArithmeticError):  # the library gives up in some numerical corners
         return math.inf
 
@@ -153,20 +164,18 @@ def _composed(step: Step, count: int, grid: float) -> Any:
     return _single(step, grid).self_compose(count)
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=32)
 def _single(step: Step, grid: float) -> Any:
     """The loss distribution of one step. Kinds are explained in `sottovoce.privacy.accountants`."""
-    from dp_accounting import NeighboringRelation as Relation
+    from dp_accounting.pld import common
     from dp_accounting.pld import privacy_loss_distribution as pld
 
-    replaced = step.kind == "poisson_replace"
+    if step.kind == "report":
+        pure = common.DifferentialPrivacyParameters(1 / step.noise, 0.0)
+        return pld.from_privacy_parameters(pure, value_discretization_interval=grid)
     sampled = step.kind in ("poisson", "poisson_replace")
-    distribution = pld.from_gaussian_mechanism(
-        step.noise,
-        value_discretization_interval=grid,
-        sampling_prob=step.rate if sampled else 1.0,
-        neighboring_relation=Relation.REPLACE_ONE if replaced else Relation.ADD_OR_REMOVE_ONE,
-    )
+    relation = "replace" if step.kind == "poisson_replace" else "add_remove"
+    distribution = gaussian_losses(step.noise, step.rate if sampled else 1.0, grid, relation)
     if step.kind != "revealed":
         return distribution
     return distribution.compute_mixture(pld.identity(grid), step.rate)
@@ -174,7 +183,10 @@ def _single(step: Step, grid: float) -> Any:
 
 def _affordable_grid(steps: Composition, rough: float) -> float | None:
     """The finest grid with a bearable number of cells, None where no grid has one."""
-    span = max(13.5 / step.noise + 0.5 / step.noise**2 for step, _ in steps)
+    span = max(
+        1 / step.noise if step.kind == "report" else 13.5 / step.noise + 0.5 / step.noise**2
+        for step, _ in steps
+    )
     least = max(span / _MOST_CELLS, rough / (4 * _MOST_CELLS))
     return next((grid for grid in _GRIDS if grid >= least), None)
 
@@ -187,7 +199,7 @@ def _sufficient_grid(
     A grid of width h adds at most about h^2/4 to each step's variance of the loss; epsilon goes
     with the root of the total variance, times sqrt(2 ln 1/delta).
     """
-    sampled = sum(count for step, count in steps if step.kind != "none")
+    sampled = sum(count for step, count in steps if step.kind not in ("none", "report"))
     variance = epsilon**2 / (2 * math.log(1 / delta))
     width = math.sqrt(16 * tolerance * variance / max(sampled, 1))
     return max((grid for grid in _GRIDS if grid <= min(width, 1e-2)), default=FINEST)
@@ -212,6 +224,8 @@ def _renyi(step: Step, quick: bool) -> NDArray[np.float64]:
         return np.full(len(orders), np.inf)  # no bound is known
     if step.kind == "none":
         return orders / (2 * step.noise**2)
+    if step.kind == "report":
+        return _report_renyi(1 / step.noise, orders)
     if step.kind == "revealed":
         exponent = orders * (orders - 1) / (2 * step.noise**2)
         moment = np.logaddexp(math.log1p(-step.rate), math.log(step.rate) + exponent)
@@ -219,6 +233,13 @@ def _renyi(step: Step, quick: bool) -> NDArray[np.float64]:
     else:
         found = _library_renyi(step, orders)
     return np.maximum(found, 0.0) + 1e-15
+
+
+def _report_renyi(epsilon: float, orders: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Of the coin that lies with probability 1 / (1 + e^epsilon), told one way or the other."""
+    truth, lie = -math.log1p(math.exp(-epsilon)), -epsilon - math.log1p(math.exp(-epsilon))
+    moment = np.logaddexp(orders * truth + (1 - orders) * lie, orders * lie + (1 - orders) * truth)
+    return np.minimum(np.maximum(moment / (orders - 1), 0.0), epsilon) + 1e-15
 
 
 def _library_renyi(step: Step, orders: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from sottovoce.privacy.accountants import NEARLY, Source, check_delta, events_of, worst
-from sottovoce.privacy.composition import Tally
+from sottovoce.privacy.composition import Composition, Tally
 from sottovoce.privacy.events import Event
 
 
 class EpsilonTracker:
     """Epsilon of the worst activity level so far, for one unit and observer.
 
-    One round more costs some tens of milliseconds, whatever the number of levels: of levels that
-    changed only those that can be the worst are computed, on a grid just fine enough.
+    One round more costs milliseconds, whatever the number of levels: of levels that changed only
+    those that can be the worst are computed, on a grid just fine enough. In long runs the count of
+    rounds is rounded up, by 0.05 % at most, so that most rounds find their figure computed already.
 
-    *Guarantee*: `epsilon` is never too small, at most about 0.1 % too large; `would_exceed` is
+    *Guarantee*: `epsilon` is never too small, at most about 0.2 % too large; `would_exceed` is
     decided by the figure that is reported in the end.
     *Assumes*: every event of the run is added, those before a resume too.
     """
@@ -51,4 +52,15 @@ class EpsilonTracker:
 
     def _epsilon(self, tally: Tally, tolerance: float) -> float:
         found = tally.compositions(self.unit, self.observer)
+        if tolerance:
+            found = {place: rounded_up(steps) for place, steps in found.items()}
         return worst(found, self.delta, "pld", tolerance)[0]
+
+
+def rounded_up(steps: Composition) -> Composition:
+    """The same with counts above 2,048 raised to multiples of a power of two, by 0.05 % at most."""
+    found = []
+    for step, count in steps:
+        grain = 1 << max((count >> 11).bit_length() - 1, 0)
+        found.append((step, -(-count // grain) * grain))
+    return tuple(found)

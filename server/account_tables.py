@@ -11,9 +11,9 @@ from typing import Any
 from sottovoce.privacy.accountants import ACCOUNTANTS
 
 
-def as_json(facts: Mapping[str, Any]) -> str:
+def as_json(facts: Mapping[str, Any], indent: int | None = None) -> str:
     """One JSON object; infinity becomes "inf", as JSON has no number for it."""
-    return json.dumps(_spelled_out(facts), allow_nan=False)
+    return json.dumps(_spelled_out(facts), allow_nan=False, indent=indent)
 
 
 def print_tables(facts: Mapping[str, Any]) -> None:
@@ -22,6 +22,9 @@ def print_tables(facts: Mapping[str, Any]) -> None:
     from rich.table import Table
 
     console = Console(highlight=False)
+    if "epsilon" not in facts:
+        print_sweep(facts)
+        return
     console.print(
         f"epsilon = [bold]{_text(facts['epsilon'])}[/bold] at delta = {_text(facts['delta'])} "
         f"({facts['unit']} level, {facts['relation'].replace('_', '/')}, observer "
@@ -34,13 +37,66 @@ def print_tables(facts: Mapping[str, Any]) -> None:
     others = [_text(facts["by_accountant"][name]) for name in ACCOUNTANTS]
     plain.add_row(*(_text(value, "varies") for value in setting), *others)
     console.print(plain)
-    for name in ("claims", "by_level"):
-        rows = facts.get(name) or []
-        if rows:
-            table = Table(*(key.replace("_", " ") for key in rows[0]))
-            for row in rows:
-                table.add_row(*(_text(value, "") for value in row.values()))
-            console.print(table)
+    if "schedule" in facts:
+        _print_rows(console, [{"schedule": k.replace("_", " "), "": v}
+                              for k, v in facts["schedule"].items()])
+    if "example" in facts:
+        _print_rows(console, [facts["example"]])
+    if facts.get("solve") in ("cohort", "population"):
+        console.print(f"cohort size {facts['cohort_size']:g} of {facts['devices']:,} devices")
+    for name in ("claims", "by_level", "participations"):
+        _print_rows(console, facts.get(name) or [])
+    if "sweep" in facts:
+        _print_sweep(console, facts["sweep"])
+
+
+def print_sweep(facts: Mapping[str, Any]) -> None:
+    """What each value of a lever costs: of a plan, which has no table of its own."""
+    from rich.console import Console
+
+    _print_sweep(Console(highlight=False), facts["sweep"])
+
+
+def _print_rows(console: Any, rows: list[dict[str, Any]]) -> None:
+    from rich.table import Table
+
+    if not rows:
+        return
+    table = Table(*(key.replace("_", " ") for key in rows[0]))
+    for row in rows:
+        table.add_row(*(_text(value, "") for value in row.values()))
+    console.print(table)
+
+
+def _print_sweep(console: Any, sweep: Mapping[str, Any]) -> None:
+    """A row for each activity level, a column for each value of the lever."""
+    from rich.table import Table
+
+    lever, rows = sweep["lever"].replace("_", " "), sweep["rows"]
+    console.print(
+        f"epsilon of devices by activity level and {lever}, at delta = {_text(sweep['delta'])}: "
+        f"noise multiplier {_text(sweep['noise_multiplier'])}, {sweep['steps']} rounds, expected "
+        f"cohort {_text(sweep['cohort_size'])}",
+        soft_wrap=True,
+    )
+    marks = ["*" if row["as_run"] else "" for row in rows]
+    table = Table("level", "devices", *(
+        f"{lever} {_short(row['value'])}{mark}" for row, mark in zip(rows, marks, strict=True)
+    ))
+    for costs in zip(*(row["by_level"] for row in rows), strict=True):
+        first = costs[0]
+        table.add_row(
+            str(first["level"]), str(first["devices"]), *(_short(c["epsilon"]) for c in costs)
+        )
+    table.add_section()
+    table.add_row("worst", "", *(_short(row["epsilon"]) for row in rows))
+    console.print(table)
+    if any(marks):
+        console.print("* as run")
+
+
+def _short(value: float) -> str:
+    return "infinite" if math.isinf(value) else f"{value:.3g}"
 
 
 def _text(value: Any, absent: str = "-") -> str:

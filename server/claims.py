@@ -194,7 +194,9 @@ def _sampling_text(unit: str, summary: Record, ledger: Record, config: Record) -
         return ("Fixed size: the same number of devices each round, drawn without replacement, "
                 "and accounted as such. Assumes that the draw stays secret.")
     if kind == "none":
-        return "No amplification by sampling is claimed: who takes part may be known."
+        planned = setting(ledger, "claims.correlated_noise")
+        none = "No amplification by sampling is claimed: who takes part may be known."
+        return f"{none} {_schedule_text(planned)}" if planned else none
     known = level_rows(claim(summary, unit)) or ledger_levels(ledger)
     rows = [r for r in known if number(r.get("sampling_rate"))]
     hidden = ("No amplification is claimed for it, as taking part may show."
@@ -203,6 +205,14 @@ def _sampling_text(unit: str, summary: Record, ledger: Record, config: Record) -
     return (f"Poisson: every device joins each round by a draw of its own, with a public "
             f"probability{_rates_text(rows)}. Rates are fixed in advance and do not depend on who "
             f"is present. {hidden}")
+
+
+def _schedule_text(planned: Record) -> str:
+    times, apart = planned["max_participations"], planned["min_separation"]
+    rests = f", at least {apart} rounds apart" if times > 1 and apart > 1 else ""
+    return (f"The claim rests on a schedule instead, which the coordinator enforces: no device "
+            f"takes part more than {'once' if times == 1 else f'{times} times'}{rests}, in "
+            f"{planned['rounds']} rounds.")
 
 
 def _rates_text(rows: list[Record]) -> str:
@@ -234,9 +244,35 @@ def _noise_text(unit: str, ledger: Record, config: Record) -> str:
     configured = number(setting(config, f"privacy.{unit}.noise_multiplier"))
     multipliers = found or ([] if configured is None else [configured])
     clip = number(setting(config, f"privacy.{unit}.clip_norm"))
+    planned = setting(ledger, "claims.correlated_noise") if unit == "device" else None
+    if planned:
+        return (f"{planned['noise_multiplier']:.4g}, clip norm {planned['clip_norm']:g}: the "
+                "noise of a round before it is correlated with other rounds' "
+                f"({planned['factorisation']['name']}, sensitivity {planned['sensitivity']:.4g}). "
+                "All rounds together are worth one Gaussian release of noise multiplier "
+                f"{planned['noise_multiplier'] / planned['sensitivity']:.4g}.")
+    if unit == "device" and setting(config, "privacy.device.clipping") == "adaptive":
+        return (f"{multipliers[0] if multipliers else 0:.4g}, of a round as a whole: the noised "
+                "sum, and the noised count of unclipped devices by which the clip norm moves from "
+                f"{clip or 0:g} on (clip_norm of each round in metrics.jsonl). The sum's own noise "
+                "is a little larger.")
     span = " to ".join(dict.fromkeys(f"{m:.4g}" for m in multipliers[:1] + multipliers[-1:]))
     norm = "" if clip is None else f", clip norm {clip:g}"
-    return f"{span or 'not stated'}{norm}. The noise's standard deviation is their product."
+    return f"{span or 'not stated'}{norm}. {_deviation_text(unit, config)}"
+
+
+def _deviation_text(unit: str, config: Record) -> str:
+    mode = setting(config, "privacy.example.clipping") if unit == "example" else None
+    twice = mode == "micro_batch"
+    base = "twice their product, as an example moves a micro-batch's mean by up to twice the norm"
+    text = f"The noise's standard deviation is {base if twice else 'their product'}."
+    if unit == "example" and setting(config, "privacy.example.threshold") == "quantile":
+        text += (" Each device moves the clip norm by noised counts of its own; the multiplier is "
+                 "that of a step's sum and count together.")
+    if unit == "example" and setting(config, "privacy.example.noise") == "decay":
+        text += (" Noise falls from round to round: a device's k-th participation is counted with "
+                 "the noise of the k-th last round.")
+    return text
 
 
 def _first(unit: str, key: str, ledger: Record) -> str | None:

@@ -7,11 +7,15 @@ import math
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
 from safetensors.torch import save
 
 from sottovoce.privacy.accountants import by_level, epsilon
+from sottovoce.privacy.ledger import Ledger
 from sottovoce.server.budget import OBSERVER, touched
 from sottovoce.server.checkpoints import RunState, write_atomic
+from sottovoce.server.disclosure import disclosure, paragraph
+from sottovoce.server.model_card import model_card_text
 from sottovoce.server.report import write_report
 from sottovoce.server.report_tables import environment
 from sottovoce.server.run_record import read_metrics
@@ -32,8 +36,13 @@ def write_results(
     seconds: float,
     peak_memory_mb: float,
 ) -> dict[str, Any]:
-    """Write ledger, model, summary and report; the summary."""
+    """Write ledger, model, model card, summary and report; the summary.
+
+    Epsilon is that of the ledger on disk, which may know of releases after an interrupted run's
+    last checkpoint.
+    """
     state.ledger.save(folder / "ledger.json")
+    ledger = Ledger.load(folder / "ledger.json")
     tensors = {name: tensor.contiguous() for name, tensor in state.parameters.items()}
     write_atomic(folder / "model.safetensors", save(tensors))
     _write_json(folder / "model.json", model_card(experiment, state))
@@ -44,7 +53,7 @@ def write_results(
         "rounds": state.round,
         "headline": experiment.task.headline,
         "metrics": last_evaluation(records, experiment.task.headline),
-        "epsilon": claims(setup, state),
+        "epsilon": claims(setup, ledger),
         "levels": levels(setup.sampler),
         "population": experiment.population.describe(),
         "vocabulary": {
@@ -60,6 +69,10 @@ def write_results(
         "warnings": setup.warnings + trouble(records, state.round),
         "environment": environment(),
     }
+    statement = disclosure(ledger)
+    summary["statement"] = paragraph(statement)
+    card = model_card_text(summary, statement, summary["statement"])
+    write_atomic(folder / "MODEL_CARD.md", card.encode())
     _write_json(folder / "summary.json", summary)
     if experiment.config.run.report:
         write_report(folder)
@@ -94,11 +107,11 @@ def levels(sampler: Sampler) -> list[dict[str, Any]]:
     ]
 
 
-def claims(setup: Setup, state: RunState) -> dict[str, Any]:
+def claims(setup: Setup, ledger: Ledger) -> dict[str, Any]:
     """Epsilon of each protected unit by the reference accountant, in all and by level."""
     found = {}
     for unit, delta in setup.budget.deltas.items():
-        observer, ledger = OBSERVER[unit], state.ledger
+        observer = OBSERVER[unit]
         spent = touched(ledger, unit)
         found[unit] = {
             "epsilon": epsilon(ledger, delta, unit=unit, observer=observer) if spent else 0.0,
@@ -127,7 +140,7 @@ def model_card(experiment: Experiment, state: RunState) -> dict[str, Any]:
     return {
         "task": experiment.task.name,
         "max_length": experiment.task.max_length,
-        "model": {key: value for key, value in experiment.config.model.items()},
+        "model": OmegaConf.to_container(experiment.config.model),
         "vocabulary": experiment.vocabulary.to_json(),
         "intents": list(schema.intents),
         "slots": list(schema.slots),

@@ -128,6 +128,54 @@ def test_a_run_without_events_promises_nothing(tmp_path: Path) -> None:
     assert run_account(AccountConfig(run=str(tmp_path))) == 0
 
 
+def test_a_run_of_no_rounds_has_spent_nothing_yet(tmp_path: Path) -> None:
+    """As its summary says: what is promised was not begun."""
+    ledger = Ledger(levels={0: 90}, deltas={"device": 1e-6, "example": 1e-5})
+    ledger.append(NonPrivateRelease(purpose="sums before central noise", observer="server"))
+    ledger.save(tmp_path / "ledger.json")
+    facts = account({"run": str(tmp_path), "unit": "device", "observer": "release"})
+    assert (facts["epsilon"], facts["steps"], facts["by_level"]) == (0.0, 0, [])
+    table = {(row["unit"], row["observer"]): row["epsilon"] for row in facts["claims"]}
+    assert table["device", "release"] == table["example", "server"] == 0.0
+    assert table["device", "server"] == table["device", "fleet"] == float("inf")
+
+
+def test_a_delta_that_would_publish_a_device_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="1/devices=0.001"):
+        account({"run": str(make_run(tmp_path)), "delta": 0.01})
+
+
+def test_a_statement_is_a_paragraph_and_its_facts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_account(AccountConfig(run=str(make_run(tmp_path)), format="statement")) == 0
+    paragraph, facts = capsys.readouterr().out.split("\n\n", 1)
+    assert "\n" not in paragraph
+    found = json.loads(facts, parse_constant=pytest.fail)
+    ledger = Ledger.load(tmp_path / "ledger.json")
+    device, example = found["guarantees"]
+    assert device["epsilon"] == epsilon(ledger, 1e-6, unit="device", observer="release")
+    assert (device["observer"], example["observer"]) == ("release", "server")
+    assert device["trust"].startswith("central") and example["trust"].startswith("distributed")
+    assert found["ledger"]["head"] == ledger.head
+    assert len(found["table"]) == 6
+    kinds = {kind["purpose"]: kind for kind in device["mechanisms"]}
+    assert kinds["sum"]["events"] == 10 and kinds["sum"]["sampling_rate"] == [0.001, 0.02]
+    assert kinds["activity histogram"]["sampling"] == ["none"]
+    for words in ("Device-level (ε = ", "Example-level (ε = ", "add/remove", "worst of 3 activity",
+                  "No guarantee (epsilon is infinite) holds for devices against fleet",
+                  "sums before central noise, which server sees without noise", "Tuning: ",
+                  "dp-accounting", "below 1/devices", "Poisson-sampled as run"):
+        assert words in paragraph, words
+
+
+def test_a_statement_of_nothing_promises_nothing(tmp_path: Path) -> None:
+    Ledger().save(tmp_path / "ledger.json")
+    facts = account({"run": str(tmp_path), "format": "statement"})
+    assert "no differential privacy guarantee" in facts["paragraph"]
+    assert facts["statement"]["guarantees"] == []
+
+
 def test_tables_show_every_claim(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_account(AccountConfig(run=str(make_run(tmp_path)))) == 0
     text = capsys.readouterr().out

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,10 +14,12 @@ from sottovoce.client.errors import ConfigError
 from sottovoce.privacy.accountants import by_level, composition_epsilon, epsilon
 from sottovoce.privacy.calibration import calibrate_noise
 from sottovoce.privacy.composition import MAX_CLASSES, Step, Tally, bucketed
-from sottovoce.privacy.events import GaussianEvent, NonPrivateRelease
+from sottovoce.privacy.events import Event, GaussianEvent, NonPrivateRelease, RandomisedReport
 from sottovoce.privacy.ledger import Ledger
 from sottovoce.privacy.losses import pld_epsilon, rdp_epsilon
-from sottovoce.privacy.tracker import EpsilonTracker
+from sottovoce.privacy.mechanisms import DeviceMechanism
+from sottovoce.privacy.tracker import EpsilonTracker, rounded_up
+from sottovoce.strategies.samplers import ActivitySampler
 
 
 def poisson(rate: float, noise: float, count: int, **fields: object) -> GaussianEvent:
@@ -165,7 +168,7 @@ def check_monotone(accountant: str, plan: tuple[float, float, int, float], by: f
         assert cheaper <= at * (1 + 2e-4) + 1e-6
 
 
-@settings(max_examples=2, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(plans, st.floats(1.05, 2.0))
 def test_epsilon_is_monotone_in_every_parameter(
     plan: tuple[float, float, int, float], by: float
@@ -202,10 +205,22 @@ def test_the_order_of_releases_is_irrelevant(plans: list[tuple[float, float, int
     assert epsilon(events, 1e-6) == close(expected, 1e-9)
 
 
-def test_two_releases_never_cost_less_than_one() -> None:
-    first, second = poisson(0.02, 1.0, 40), GaussianEvent(noise_multiplier=12.0)
-    both = epsilon([first, second], 1e-6)
-    assert both >= max(epsilon(first, 1e-6), epsilon(second, 1e-6))
+releases = st.one_of(
+    st.builds(poisson, st.floats(1e-3, 0.5), st.floats(0.8, 6.0), st.integers(1, 60)),
+    st.builds(GaussianEvent, noise_multiplier=st.floats(3.0, 40.0), count=st.integers(1, 4)),
+    st.builds(RandomisedReport, keep=st.floats(0.05, 0.6), options=st.integers(2, 16)),
+)
+
+
+@settings(max_examples=4, deadline=None)
+@given(releases, releases)
+def test_two_releases_never_cost_less_than_one(first: Event, second: Event) -> None:
+    def spent(events: Event | list[Event], delta: float) -> float:
+        return epsilon(events, delta, observer="release")
+
+    both = spent([first, second], 1e-6)
+    assert both >= max(spent(first, 1e-6), spent(second, 1e-6)) * (1 - 1e-3)
+    assert both <= (spent(first, 5e-7) + spent(second, 5e-7)) * (1 + 1e-3)
 
 
 @pytest.mark.parametrize("count, noise", [(1000, 10.0), (100_000, 100.0), (100_000, 300.0)])
@@ -237,6 +252,93 @@ def test_simulated_divergence_stays_below_delta(rate: float, direction: str) -> 
     assert excess.mean() <= delta + 3 * error
     if direction == "remove":  # the direction that decides: the claim is also tight
         assert excess.mean() >= delta - 4 * error
+
+
+@pytest.fixture(scope="module")
+def sampler() -> ActivitySampler:
+    """One device of level 9 among hundreds of level 0 and 3."""
+    levels = np.repeat([0, 3, 9], [600, 300, 1]).astype(np.uint8)
+    return ActivitySampler(levels, 60, max_rate=0.4, seed=3)
+
+
+@pytest.mark.parametrize("level", [0, 9])
+@pytest.mark.parametrize("direction", ["add", "remove"])
+def test_the_mechanism_as_run_keeps_its_claim(
+    level: int, direction: str, sampler: ActivitySampler
+) -> None:
+    """Monte Carlo over whole releases: cohorts by the sampler, sums by the mechanism.
+
+    Each coordinate of a release is a trial of its own, of one round: what the others add, a coin of
+    the device at its level's rate, noise. An attacker who knows the others' sum and the device's
+    update tests each coordinate for the device. The hockey-stick divergence at the claimed epsilon
+    must not exceed delta by more than its confidence interval (99.9 %).
+    """
+    trials, delta, noise = 400_000, 0.01, 0.9
+    generator = np.random.default_rng(11 + level)
+    mechanism = DeviceMechanism(clip_norm=0.5, noise_multiplier=noise)
+    rate = sampler.rates[level]
+    event = leveled(noise, sampler.rates)
+    claimed = epsilon(event, delta, level=level)
+    others = generator.binomial(900, 0.05, trials) * 0.01
+    joins = generator.random(trials) < rate if direction == "remove" else np.zeros(trials)
+    sums = {"w": torch.from_numpy((others + 0.5 * joins).astype(np.float32))}
+    released = mechanism.release(sums, 0.0, generator)["w"].numpy()
+    x = (released - others) / 0.5
+    ratio = np.log1p(rate * np.expm1((x - 0.5) / noise**2))
+    loss = ratio if direction == "remove" else -ratio
+    excess = np.maximum(-np.expm1(claimed - loss), 0.0)
+    assert excess.mean() <= delta + 3.3 * excess.std() / math.sqrt(trials)
+
+
+def test_the_sampler_draws_at_the_rates_that_the_claim_rests_on(sampler: ActivitySampler) -> None:
+    rounds = 4000
+    drawn = np.concatenate([sampler.sample(number) for number in range(rounds)])
+    for members, level in ((slice(0, 600), 0), (slice(600, 900), 3), (slice(900, 901), 9)):
+        size = members.stop - members.start
+        found = np.isin(drawn, np.arange(901)[members]).sum() / (rounds * size)
+        rate = sampler.rates[level]
+        assert abs(found - rate) < 5 * math.sqrt(rate / (rounds * size))
+
+
+# -- randomised reports ----------------------------------------------------------------------------
+
+
+def test_reports_alone_cost_their_sum_or_less() -> None:
+    report = RandomisedReport.from_epsilon(1.0, 16)
+    assert report.epsilon == pytest.approx(1.0)
+    assert epsilon(report, 1e-9) == close(1.0, 1e-4)
+    many = RandomisedReport(keep=report.keep, options=16, count=400)
+    assert epsilon(many, 1e-6) < 400
+    assert epsilon(many, 1e-6) <= epsilon(many, 1e-6, accountant="rdp")
+
+
+def test_a_report_is_one_whatever_the_value() -> None:
+    """Likelihoods of any report under any two values, against the stated epsilon."""
+    report = RandomisedReport(keep=0.3, options=4)
+    likely = 0.3 + 0.7 / 4
+    assert report.epsilon == pytest.approx(math.log(likely / (0.7 / 4)))
+    assert RandomisedReport(keep=0.0, options=4).epsilon == 0.0
+    assert epsilon(RandomisedReport(keep=0.0, options=4), 1e-6) == 0.0
+    assert epsilon(RandomisedReport(keep=1.0, options=4), 1e-6) == math.inf
+
+
+def test_reports_and_rounds_compose() -> None:
+    report, rounds = RandomisedReport.from_epsilon(0.5, 16), poisson(0.02, 1.0, 100)
+    both = epsilon([report, rounds], 1e-6, observer="release")
+    alone = epsilon(rounds, 1e-6)
+    assert alone < both <= alone + 0.5 + 1e-3
+    assert epsilon([report, rounds], 1e-6, observer="server") == math.inf, "sums are bare there"
+    assert epsilon([report, rounds], 1e-6, observer="release", accountant="rdp") >= both
+
+
+@pytest.mark.parametrize(
+    "fields, words",
+    [({"keep": 1.5}, "keep=1.5"), ({"options": 1}, "options=1"), ({"options": 2.5}, "options=2.5"),
+     ({"relation": "add_remove"}, "shows that the unit is there")],
+)  # fmt: skip
+def test_impossible_reports_are_refused(fields: dict[str, object], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        RandomisedReport(**({"keep": 0.5, "options": 4} | fields))  # type: ignore[arg-type]
 
 
 # -- the sample's secrecy --------------------------------------------------------------------------
@@ -337,6 +439,21 @@ def test_levels_are_ordered_by_their_inclusion_probability() -> None:
         assert exact * (1 - 1e-6) <= row["epsilon"] <= exact * 1.005 + 2e-3
 
 
+@settings(max_examples=3, deadline=None)
+@given(
+    st.lists(st.floats(1e-5, 0.6), min_size=2, max_size=6, unique=True), st.floats(0.7, 3.0),
+    st.integers(1, 200),
+)  # fmt: skip
+def test_whoever_is_drawn_more_often_pays_no_less(
+    rates: list[float], noise: float, rounds: int
+) -> None:
+    by_rate = dict(enumerate(sorted(rates)))
+    events = [leveled(noise, by_rate)] * rounds
+    for accountant in ("rdp", "pld"):
+        values = [epsilon(events, 1e-6, level=lv, accountant=accountant) for lv in by_rate]
+        assert all(a <= b * (1 + 1e-4) + 1e-6 for a, b in zip(values, values[1:], strict=False))
+
+
 def test_levels_without_devices_are_left_out_but_the_worst() -> None:
     ledger = Ledger([leveled(0.9, {0: 0.01, 1: 0.02, 2: 0.04})], levels={0: 50})
     assert [row["level"] for row in by_level(ledger, 1e-6)] == [0, 2]
@@ -372,6 +489,32 @@ def test_classes_are_few_and_each_is_at_least_as_costly(
         assert any(m.noise <= step.noise and m.rate >= step.rate for m, _ in merged)
 
 
+def test_schedules_that_never_repeat_stay_cheap_and_safe() -> None:
+    noises = [3.0 * 0.999**number for number in range(1500)]
+    tally = Tally(poisson(0.01, noise, 1) for noise in noises)
+    (group,) = tally._groups.values()
+    assert len(group.everywhere) < 1200
+    rounded = rdp_epsilon(tally.composition("device", "release", None), 1e-5)
+    below, above = (
+        rdp_epsilon(tuple((Step("poisson", noise, 0.01), 50) for noise in some), 1e-5)
+        for some in (noises[::50], noises[49::50])
+    )
+    assert below <= rounded * (1 + 1e-9)
+    assert rounded <= above * 1.1
+
+
+def test_a_ledger_that_promises_but_released_nothing_has_spent_nothing() -> None:
+    ledger = Ledger(deltas={"device": 1e-6}, levels={0: 10})
+    assert epsilon(ledger, 1e-6, unit="device") == 0.0
+    assert by_level(ledger, 1e-6, unit="device") == []
+    ledger.append(NonPrivateRelease(purpose="sums", observer="server"))
+    assert epsilon(ledger, 1e-6, unit="device", observer="release") == 0.0
+    assert epsilon(ledger, 1e-6, unit="device", observer="server") == math.inf
+    assert epsilon(ledger, 1e-6, unit="example", observer="release") == math.inf, "not promised"
+    ledger.append(poisson(0.01, 1.0, 3))
+    assert epsilon(ledger, 1e-6, unit="device", observer="release") > 0
+
+
 # -- the tracker -----------------------------------------------------------------------------------
 
 
@@ -389,6 +532,19 @@ def test_the_tracker_follows_the_ledger() -> None:
     assert spent == sorted(spent)
     again = EpsilonTracker(1e-7, events=ledger)
     assert again.epsilon() == spent[-1]
+
+
+@given(st.integers(0, 10**9))
+def test_counts_are_rounded_up_and_hardly(count: int) -> None:
+    ((_, found),) = rounded_up(((Step("poisson", 1.0, 0.1), count),))
+    assert count <= found <= count * (1 + 1 / 2048)
+
+
+def test_the_tracker_of_a_long_run_is_neither_too_low_nor_far_too_high() -> None:
+    tracker = EpsilonTracker(1e-6, events=[poisson(1e-3, 1.0, 99_999)])
+    tracker.add(poisson(1e-3, 1.0, 2))
+    exact = epsilon(poisson(1e-3, 1.0, 100_001), 1e-6)
+    assert exact * (1 - 1e-6) <= tracker.epsilon() <= exact * 1.003
 
 
 def test_the_budget_is_judged_by_the_reported_figure() -> None:

@@ -16,6 +16,7 @@ from sottovoce.privacy.events import (
     Event,
     GaussianEvent,
     NonPrivateRelease,
+    RandomisedReport,
     event_from_json,
     event_to_json,
 )
@@ -45,6 +46,7 @@ def gaussians(draw: st.DrawFn) -> GaussianEvent:
         observer=draw(observers),
         purpose=draw(st.text(max_size=20)),
         round=draw(rounds),
+        group=draw(st.none() | st.text(max_size=3)),
         **(plain if by_level is None else listed),
     )
 
@@ -52,16 +54,20 @@ def gaussians(draw: st.DrawFn) -> GaussianEvent:
 exposures = st.builds(
     NonPrivateRelease, purpose=st.text(max_size=20), unit=units, observer=observers, round=rounds
 )
+reports = st.builds(
+    RandomisedReport, keep=rates, options=st.integers(2, 20), count=counts, unit=units,
+    relation=st.sampled_from(["zero_out", "replace_one"]), observer=observers, round=rounds,
+)
 ledgers = st.builds(
     Ledger,
-    st.lists(gaussians() | exposures, max_size=6),
+    st.lists(gaussians() | exposures | reports, max_size=6),
     levels=st.dictionaries(st.integers(0, 15), st.integers(0, 10**7)),
     deltas=st.dictionaries(units, st.floats(1e-12, 0.1)),
     claims=st.dictionaries(st.text(max_size=5), st.integers() | st.text(max_size=5)),
 )
 
 
-@given(gaussians() | exposures)
+@given(gaussians() | exposures | reports)
 def test_an_event_survives_json(event: Event) -> None:
     assert event_from_json(json.loads(json.dumps(event_to_json(event), allow_nan=False))) == event
 
