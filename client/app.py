@@ -10,7 +10,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from sottovoce.client.fleet import Fleet
-from sottovoce.client.messages import read_train_content, reply_content
+from sottovoce.client.messages import read_clip_norm, read_train_content, reply_content
 
 app = ClientApp()
 
@@ -19,7 +19,9 @@ app = ClientApp()
 def train(message: Message, context: Context) -> Message:
     """Train the asked devices of this node's fleet and reply with their sum."""
     parameters, devices, server_round, settings = read_train_content(message.content)
-    reply = fleet_of(settings, context).train(parameters, devices, server_round)
+    fleet = fleet_of(settings, context)
+    fleet.set_clip_norm(read_clip_norm(message.content))
+    reply = fleet.train(parameters, devices, server_round)
     return Message(reply_content(reply), reply_to=message)
 
 

@@ -1,6 +1,7 @@
 """What travels between coordinator and fleet, as Flower records.
 
-Down: the global parameters, the sampled device ids, the round. Up: one sum of clipped updates and
+Down: the global parameters, the sampled device ids, the round, and the bound on updates where it
+changes from round to round. Up: one sum of clipped updates and
 totals for the whole fleet.
 """
 
@@ -19,14 +20,24 @@ from sottovoce.client.fleet import FleetReply
 
 
 def train_content(
-    parameters: ArrayRecord, devices: NDArray[np.int64], server_round: int, settings: str
+    parameters: ArrayRecord,
+    devices: NDArray[np.int64],
+    server_round: int,
+    settings: str,
+    clip_norm: float | None = None,
 ) -> RecordDict:
-    """The coordinator's request of one fleet. `settings`: the run's, as YAML."""
+    """The coordinator's request of one fleet. `settings`: the run's, as YAML.
+
+    `clip_norm`: bound on a device's signal in this round, in place of the settings'; None: theirs.
+    """
+    config = ConfigRecord({"round": server_round, "settings": settings})
+    if clip_norm is not None:
+        config["clip_norm"] = clip_norm
     return RecordDict(
         {
             "parameters": parameters,
             "cohort": ArrayRecord({"devices": Array(devices)}),
-            "config": ConfigRecord({"round": server_round, "settings": settings}),
+            "config": config,
         }
     )
 
@@ -43,6 +54,12 @@ def read_train_content(
         int(config["round"]),  # type: ignore[arg-type]
         str(config["settings"]),
     )
+
+
+def read_clip_norm(content: RecordDict) -> float | None:
+    """The bound on a device's signal that a request sets for its round, None where it sets none."""
+    found = content.config_records["config"].get("clip_norm")
+    return None if found is None else float(found)  # type: ignore[arg-type]
 
 
 def reply_content(reply: FleetReply) -> RecordDict:

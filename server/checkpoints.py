@@ -37,6 +37,7 @@ class RunState:
     parameters: Tensors
     optimizer: Tensors = field(default_factory=dict)
     participation: Tensors = field(default_factory=dict)
+    mechanism: Tensors = field(default_factory=dict)
     ledger: Ledger = field(default_factory=Ledger)
 
 
@@ -48,6 +49,7 @@ def save_checkpoint(folder: Path, state: RunState, keep: int) -> Path:
         "model.safetensors": save(_contiguous(state.parameters)),
         "optimizer.safetensors": save(_contiguous(state.optimizer)),
         "participation.safetensors": save(_contiguous(state.participation)),
+        "mechanism.safetensors": save(_contiguous(state.mechanism)),
         "ledger.json": json.dumps(state.ledger.to_json()).encode(),
     }
     sums = {name: hashlib.sha256(data).hexdigest() for name, data in parts.items()}
@@ -92,6 +94,7 @@ def _state(path: Path, head: dict[str, Any]) -> RunState:
         parameters={name: parameters[name] for name in head["parameters"]},  # the model's order
         optimizer=load(parts["optimizer.safetensors"]),
         participation=load(parts["participation.safetensors"]),
+        mechanism=load(parts.get("mechanism.safetensors", save({}))),  # older ones have none
         ledger=Ledger.from_json(json.loads(parts["ledger.json"])),
     )
 

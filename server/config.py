@@ -53,10 +53,32 @@ class TransformerConfig:
 
 
 @dataclass
+class PretrainedConfig:
+    """A model of `transformers`: `path`, a folder or org/name on the hub, and what of it trains.
+
+    `sha256`: of its weights; null takes those that are there and writes it into the run's settings.
+    `lora_rank: 0` trains all weights, `heads_only` none but the heads; `lora_alpha: null` is
+    2 * lora_rank, `lora_targets: null` queries and values. `dropout` is that of hidden states.
+    """
+
+    name: str = MISSING
+    path: str = MISSING
+    sha256: str | None = None
+    lora_rank: int = 8
+    lora_alpha: float | None = None
+    lora_targets: Any = None
+    heads_only: bool = False
+    dropout: float = 0.0
+
+
+@dataclass
 class FedAvgConfig:
     """Who is sampled, what a device does with its examples, and how the sum is applied.
 
-    `max_rate: null` caps the sampling rate at ten times that of uniform sampling.
+    `max_rate: null` caps the sampling rate at ten times that of uniform sampling. A device steps
+    by `device_optimizer`: sgd (with `momentum`) or adam (DP-AdamBC, with `device_beta1`,
+    `device_beta2`; `device_eps_floor: null` is the variance of a step's noise). `proximal` pulls
+    its weights towards the global ones (FedProx), `weight_decay` towards zero.
     """
 
     name: str = "fedavg"
@@ -70,6 +92,13 @@ class FedAvgConfig:
     learning_rate: float = 0.5
     batch_size: int = 8
     local_epochs: int = 1
+    device_optimizer: str = "sgd"
+    momentum: float = 0.0
+    proximal: float = 0.0
+    weight_decay: float = 0.0
+    device_beta1: float = 0.9
+    device_beta2: float = 0.999
+    device_eps_floor: float | None = None
 
 
 @dataclass
@@ -82,10 +111,9 @@ class FedAdamConfig(FedAvgConfig):
 
 
 @dataclass
-class DevicePrivacyConfig:
-    """Each device's update clipped to `clip_norm`, the cohort's sum noised once.
-
-    Give the noise or the epsilon that it is found for; `delta: null` takes a public default.
+class UnitPrivacyConfig:
+    """What both layers have. Give the noise or the epsilon that it is found for; `delta: null`
+    takes a public default.
     """
 
     enabled: bool = False
@@ -97,12 +125,55 @@ class DevicePrivacyConfig:
 
 
 @dataclass
-class ExamplePrivacyConfig(DevicePrivacyConfig):
-    """Each example's gradient clipped to `clip_norm`, noise in every local step (eDP-SGD)."""
+class DevicePrivacyConfig(UnitPrivacyConfig):
+    """Each device's update clipped to `clip_norm`, the cohort's sum noised once.
+
+    `clipping`: fixed; or adaptive, where `clip_norm` is the first bound, which then follows the
+    `target_quantile` of updates' norms by noised counts (`count_noise: null` is a twentieth of the
+    cohort), the noise so split that a round costs what `noise_multiplier` says.
+
+    `min_separation`: rounds that a device rests after it took part, `max_participations` its rounds
+    in all (null: as many as fit). With them the claim rests on this schedule and on no secret
+    draw, and `mechanism` says how noise is spread over rounds: independent; tree; banded, with
+    `bands` (null: up to 32); bisr, with `bands` of the inverse; blt, with `bands` buffers.
+    `noise_multiplier` is then that of the noise before it is correlated.
+    """
+
+    clipping: str = "fixed"
+    target_quantile: float = 0.5
+    quantile_learning_rate: float = 0.2
+    count_noise: float | None = None
+    mechanism: str = "independent"
+    min_separation: int | None = None
+    max_participations: int | None = None
+    bands: int | None = None
+
+
+@dataclass
+class ExamplePrivacyConfig(UnitPrivacyConfig):
+    """Each example's gradient clipped to `clip_norm`, noise in every local step (eDP-SGD).
+
+    `clipping`: per_example, or micro_batch, which clips the mean gradient of about
+    `micro_batch_size` examples at twice the sensitivity: the ledger counts half the noise
+    multiplier. `threshold`: fixed; automatic, which scales every gradient to about `clip_norm`;
+    layer_wise, which gives each layer an equal part of it; or quantile, where a device moves its
+    threshold, from `clip_norm` on, towards the `target_quantile` of its gradients' norms by noised
+    counts (`count_noise: null` is a twentieth of the batch, and `noise_multiplier` at least).
+    `noise`: constant, or decay, by `noise_decay` from round to round. `engine`: grouped, many
+    devices at once; or opacus, one by one, for layers without a grouped form (with or without this
+    privacy).
+    """
 
     max_participations: int | None = None
     clipping: str = "per_example"
+    micro_batch_size: int = 4
     threshold: str = "fixed"
+    target_quantile: float = 0.5
+    quantile_learning_rate: float = 0.2
+    count_noise: float | None = None
+    noise: str = "constant"
+    noise_decay: float = 0.99
+    engine: str = "grouped"
 
 
 @dataclass
@@ -179,6 +250,7 @@ def _nodes(verb: str) -> list[tuple[str | None, str, Any]]:
         ("population", "base_jsonl", JsonlConfig),
         ("model", "base_recurrent", RecurrentConfig),
         ("model", "base_transformer", TransformerConfig),
+        ("model", "base_pretrained", PretrainedConfig),
         ("strategy", "base_fedavg", FedAvgConfig),
         ("strategy", "base_fedadam", FedAdamConfig),
     ]

@@ -82,14 +82,13 @@ class Coordinator:
             parameters=to_tensors(record_arrays),
             optimizer=self.strategy.optimizer.state(),
             participation=self.strategy.participation.state(),
+            mechanism=self.strategy.mechanism_state(),
             ledger=self.strategy.ledger,
         )
         record: Record = {"round": number, **dict(metrics)}
         levels = zip(record.pop("levels"), record.pop("devices_by_level"), strict=True)
         record["devices_by_level"] = {str(level): count for level, count in levels}
         record |= self.budget.spent(self.strategy.ledger)
-        if self.strategy.mechanism is not None:
-            record["clip_norm"] = self.strategy.mechanism.clip_norm
         record["seconds"] = time.perf_counter() - began
         last = number == self.plan.rounds or self.budget.exceeded_by(self.strategy) is not None
         if last or number % self.plan.evaluate_every == 0:

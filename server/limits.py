@@ -12,6 +12,9 @@ from collections.abc import Callable, Iterator
 from omegaconf import DictConfig, OmegaConf
 
 from sottovoce.client.errors import ConfigError
+from sottovoce.server.device_limits import check_device_layer
+
+LARGE_STEP = 0.005  # of an adaptive optimiser on weights that were pretrained
 
 Limit = tuple[str, Callable[[float], bool]]
 
@@ -38,6 +41,8 @@ LIMITS: dict[str, Limit] = {
     "model.layers": AT_LEAST_1,
     "model.heads": AT_LEAST_1,
     "model.dropout": DECAY,
+    "model.lora_rank": NOT_NEGATIVE,
+    "model.lora_alpha": POSITIVE,
     "strategy.server_learning_rate": POSITIVE,
     "strategy.beta1": DECAY,
     "strategy.beta2": DECAY,
@@ -49,6 +54,12 @@ LIMITS: dict[str, Limit] = {
     "strategy.learning_rate": POSITIVE,
     "strategy.batch_size": AT_LEAST_1,
     "strategy.local_epochs": AT_LEAST_1,
+    "strategy.momentum": DECAY,
+    "strategy.proximal": NOT_NEGATIVE,
+    "strategy.weight_decay": NOT_NEGATIVE,
+    "strategy.device_beta1": DECAY,
+    "strategy.device_beta2": DECAY,
+    "strategy.device_eps_floor": POSITIVE,
     "run.evaluate_every": AT_LEAST_1,
     "run.evaluation_devices": AT_LEAST_1,
     "run.checkpoint_every": AT_LEAST_1,
@@ -63,6 +74,13 @@ LIMITS: dict[str, Limit] = {
         "max_epsilon": POSITIVE,
         "delta": INSIDE,
         "max_participations": AT_LEAST_1,
+        "micro_batch_size": AT_LEAST_1,
+        "target_quantile": INSIDE,
+        "quantile_learning_rate": POSITIVE,
+        "count_noise": POSITIVE,
+        "noise_decay": RATE,
+        "min_separation": AT_LEAST_1,
+        "bands": AT_LEAST_1,
     }.items()
 }
 
@@ -70,9 +88,16 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "task.vocabulary.source": ("auto", "grammar", "hash", "file", "training_text"),
     "strategy.sampler": ("activity", "uniform", "fixed_size"),
     "strategy.activity_weight": ("linear", "power", "log"),
-    "privacy.example.clipping": ("per_example",),
-    "privacy.example.threshold": ("fixed",),
+    "strategy.device_optimizer": ("sgd", "adam"),
+    "privacy.device.clipping": ("fixed", "adaptive"),
+    "privacy.device.mechanism": ("independent", "tree", "banded", "bisr", "blt"),
+    "privacy.example.clipping": ("per_example", "micro_batch"),
+    "privacy.example.threshold": ("fixed", "automatic", "quantile", "layer_wise"),
+    "privacy.example.noise": ("constant", "decay"),
+    "privacy.example.engine": ("grouped", "opacus"),
 }
+
+USUAL = {"clipping": "per_example", "threshold": "fixed", "noise": "constant"}
 
 
 def validate(cfg: DictConfig) -> list[str]:
@@ -85,9 +110,13 @@ def validate(cfg: DictConfig) -> list[str]:
         _check_choice(cfg, key, choices)
     _check_workers(cfg)
     _check_vocabulary(cfg)
+    _check_pretrained(cfg)
     _check_cohort(cfg)
+    _check_device_steps(cfg)
     for unit in ("device", "example"):
         _check_privacy(cfg, unit)
+    _check_modes(cfg)
+    check_device_layer(cfg)
     return list(_warnings(cfg))
 
 
@@ -123,12 +152,62 @@ def _check_vocabulary(cfg: DictConfig) -> None:
         )
 
 
+def _check_pretrained(cfg: DictConfig) -> None:
+    source = cfg.task.vocabulary.source
+    if cfg.model.name == "pretrained" and source not in ("auto", "file"):
+        raise ConfigError(
+            f"task.vocabulary.source={source} is not what model=pretrained was trained on: set "
+            "task.vocabulary.source=auto, which takes its tokenizer.json"
+        )
+
+
 def _check_cohort(cfg: DictConfig) -> None:
     devices = _declared_devices(cfg)
     if devices is not None and cfg.cohort_size > devices:
         raise ConfigError(
             f"cohort_size={cfg.cohort_size} is more than population.devices={devices}: "
             "lower the one or raise the other"
+        )
+
+
+def _check_device_steps(cfg: DictConfig) -> None:
+    """Settings that an older run does not have say nothing."""
+    strategy = cfg.strategy
+    if strategy.get("device_optimizer") == "adam" and strategy.momentum:
+        raise ConfigError(
+            f"strategy.momentum={strategy.momentum:g} is not used by "
+            "strategy.device_optimizer=adam: set strategy.device_beta1, and strategy.momentum=0"
+        )
+    pulls = {key: strategy.get(key) or 0.0 for key in ("proximal", "weight_decay")}
+    drag = strategy.learning_rate * sum(pulls.values())
+    if drag >= 1:
+        raise ConfigError(
+            f"strategy.learning_rate={strategy.learning_rate:g} times strategy.proximal="
+            f"{pulls['proximal']:g} plus strategy.weight_decay={pulls['weight_decay']:g} is "
+            f"{drag:g} and must be below 1, or a step overshoots what pulls it: lower one of them"
+        )
+
+
+def _check_modes(cfg: DictConfig) -> None:
+    example = cfg.privacy.example
+    for key, value in USUAL.items():
+        if not example.enabled and example.get(key, value) != value:
+            raise ConfigError(
+                f"privacy.example.{key}={example[key]} does nothing while "
+                "privacy.example.enabled=false: choose privacy=example or privacy=both, or set "
+                f"privacy.example.{key}={value}"
+            )
+    count_noise, noise = example.get("count_noise"), example.noise_multiplier
+    if count_noise is not None and example.threshold != "quantile":
+        raise ConfigError(
+            f"privacy.example.count_noise={count_noise:g} is only used by "
+            "privacy.example.threshold=quantile: choose that, or set it to null"
+        )
+    if count_noise is not None and noise is not None and count_noise <= noise / 2:
+        raise ConfigError(
+            f"privacy.example.count_noise={count_noise:g} must be above half of "
+            f"privacy.example.noise_multiplier={noise:g}, or the count alone would spend more than "
+            "a step may: raise it, or set it to null"
         )
 
 
@@ -163,6 +242,24 @@ def _check_privacy(cfg: DictConfig, unit: str) -> None:
 
 
 def _warnings(cfg: DictConfig) -> Iterator[str]:
+    model, strategy = cfg.model, cfg.strategy
+    if model.name == "pretrained" and model.lora_rank == 0 and not model.heads_only:
+        if strategy.name == "fedadam" and strategy.server_learning_rate > LARGE_STEP:
+            yield (
+                f"strategy.server_learning_rate={strategy.server_learning_rate:g} moves every "
+                "pretrained weight by about as much in a round, which undoes the pretraining: with "
+                "model.lora_rank=0 set 0.001 or less, or strategy=fedavg"
+            )
+    privacy = cfg.privacy
+    noised = privacy.example.enabled and privacy.example.noise_multiplier != 0
+    for key, value in (("strategy.device_optimizer", "adam"),
+                       ("privacy.example.threshold", "quantile")):
+        if OmegaConf.select(cfg, key) == value and noised and privacy.device.enabled:
+            yield (
+                f"{key}={value} clips each device's whole update, its own noise with it, to "
+                "privacy.device.clip_norm: little signal may be left; "
+                f"{'sgd' if value == 'adam' else 'a fixed one'} clips the signal alone"
+            )
     for unit in ("device", "example"):
         layer, here = cfg.privacy[unit], f"privacy.{unit}"
         if not layer.enabled:

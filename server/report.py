@@ -71,6 +71,7 @@ def render_report(run: RunRecord) -> str:
         tone=tone,
         cards=cards(run, statement),
         statement=statement,
+        disclosure=str(run.summary.get("statement") or ""),
         plots=[{"title": p.title, "note": p.note, "svg": Markup(p.svg)} for p in plots(run)],
         levels=level_table(run, statement.claims),
         evaluations=evaluation_table(run),

@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from sottovoce.client.errors import ConfigError
 from sottovoce.client.fleet import LocalTraining
+from sottovoce.client.models.hub_files import checked_folder
 from sottovoce.privacy.calibration import calibrate_noise
+from sottovoce.privacy.correlated import CorrelatedMechanism
 from sottovoce.privacy.events import GaussianEvent, NonPrivateRelease, Unit
 from sottovoce.privacy.ledger import Ledger
 from sottovoce.privacy.mechanisms import DeviceMechanism, variance_bound
@@ -18,12 +21,20 @@ from sottovoce.privacy.noise import NoiseSource
 from sottovoce.server.budget import RunBudget
 from sottovoce.server.checkpoints import RunState
 from sottovoce.server.limits import validate
+from sottovoce.server.schedule_setup import (
+    CLAIM,
+    adaptive_mechanism,
+    correlated_mechanism,
+    participation_of,
+    sampler_of,
+    schedule_of,
+    take_up,
+)
 from sottovoce.simulations.experiment import Experiment, public_deltas
 from sottovoce.strategies.levels import MAX_LEVEL
-from sottovoce.strategies.noised_sum import NoisedSum
+from sottovoce.strategies.noised_sum import Mechanism, NoisedSum
 from sottovoce.strategies.optimizers import make_server_optimizer
-from sottovoce.strategies.participation import Participation
-from sottovoce.strategies.samplers import Sampler, make_sampler
+from sottovoce.strategies.samplers import Sampler
 
 UNITS: tuple[Unit, ...] = ("device", "example")
 OVERFLOW = 1e-18  # most that a round adds to delta when devices' own noise passes its bound
@@ -47,14 +58,14 @@ def make_setup(
     `state`: of the run to continue; its ledger goes on. Raises ConfigError for impossible privacy.
     """
     config, population = experiment.config, experiment.population
-    sampler = make_sampler(
-        config.strategy, population, config.cohort_size, source=source,
-        private=config.privacy.device.enabled,
-    )
+    participation = participation_of(config)
+    sampler = sampler_of(experiment, source, participation)
     deltas = public_deltas(config, len(population))
     ledger = state.ledger if state and state.round else new_ledger(config, sampler, deltas)
-    mechanism = device_mechanism(experiment, sampler, deltas)
-    participation = Participation(config.privacy.example.max_participations)
+    claims = state.ledger.claims.get(CLAIM) if state else None
+    mechanism = device_mechanism(experiment, sampler, deltas, claims)
+    if isinstance(mechanism, CorrelatedMechanism):
+        ledger.claims.setdefault(CLAIM, mechanism.claims())
     optimizer = make_server_optimizer(
         config.strategy.name,
         learning_rate=config.strategy.server_learning_rate,
@@ -65,6 +76,7 @@ def make_setup(
     if state is not None and state.round:
         optimizer.load(state.optimizer)
         participation.load(state.participation)
+        take_up(mechanism, state, source)
     strategy = NoisedSum(
         sampler=sampler, activity=population.activity, optimizer=optimizer, mechanism=mechanism,
         training=experiment.training, ledger=ledger, participation=participation, source=source,
@@ -78,7 +90,11 @@ def make_setup(
 
 def new_ledger(config: DictConfig, sampler: Sampler, deltas: Mapping[str, float]) -> Ledger:
     """The ledger before round 1: what was spent on sampling, and what no noise protects."""
-    ledger = Ledger(levels=sampler.devices_by_level, deltas=deltas, claims=dict(sampler.describe()))
+    noise = "os entropy" if config.seed is None else "reproducible noise: simulation only"
+    ledger = Ledger(
+        levels=sampler.devices_by_level, deltas=deltas,
+        claims={**sampler.describe(), **({"noise": noise} if deltas else {})},
+    )
     for event in sampler.events:
         ledger.append(event)
     if config.privacy.device.enabled:
@@ -92,16 +108,26 @@ def new_ledger(config: DictConfig, sampler: Sampler, deltas: Mapping[str, float]
 
 
 def device_mechanism(
-    experiment: Experiment, sampler: Sampler, deltas: Mapping[str, float]
-) -> DeviceMechanism | None:
-    """The central mechanism, its noise found for the target epsilon if one is set."""
+    experiment: Experiment,
+    sampler: Sampler,
+    deltas: Mapping[str, float],
+    claims: Mapping[str, Any] | None = None,
+) -> Mechanism | None:
+    """The central mechanism, its noise found for the target epsilon if one is set.
+
+    `claims`: what the ledger of the run to continue says of correlated noise.
+    """
     privacy, rounds = experiment.config.privacy.device, experiment.config.rounds
     if not privacy.enabled:
         return None
     noise = privacy.noise_multiplier
+    if noise is None and privacy.epsilon is None:
+        raise ConfigError("privacy.device needs noise_multiplier or epsilon: set one of them")
+    spent = [event for event in sampler.events if isinstance(event, GaussianEvent)]
+    schedule = schedule_of(experiment.config)
+    if schedule is not None:
+        return correlated_mechanism(experiment.config, schedule, deltas["device"], spent, claims)
     if noise is None:
-        if privacy.epsilon is None:
-            raise ConfigError("privacy.device needs noise_multiplier or epsilon: set one of them")
         fixed = sampler.sampling == "fixed_size"
         noise = calibrate_noise(
             privacy.epsilon,
@@ -109,8 +135,10 @@ def device_mechanism(
             by_level=[(level, rate, rounds) for level, rate in sorted(sampler.rates.items())],
             sampling=sampler.sampling,
             relation="replace_one" if fixed else "add_remove",
-            spent=[event for event in sampler.events if isinstance(event, GaussianEvent)],
+            spent=spent,
         )
+    if privacy.get("clipping") == "adaptive":
+        return adaptive_mechanism(experiment.config, noise, sampler.expected_cohort_size)
     return DeviceMechanism(
         privacy.clip_norm, noise, local_noise_bound(experiment.training, sampler)
     )
@@ -164,7 +192,13 @@ def warnings(experiment: Experiment, deltas: Mapping[str, float]) -> list[str]:
 
 
 def settings_text(config: DictConfig) -> str:
-    """Resolved settings as YAML: what `config.yaml` holds and fleets are sent."""
-    return OmegaConf.to_yaml(config, resolve=True)
+    """Resolved settings as YAML: what `config.yaml` holds and fleets are sent.
+
+    A pretrained model is pinned to its weights: whoever builds it from these settings has the same.
+    """
+    settings = config.copy()
+    if settings.model.name == "pretrained" and settings.model.sha256 is None:
+        settings.model.sha256 = checked_folder(settings.model.path, None)[1]
+    return OmegaConf.to_yaml(settings, resolve=True)
 
 

@@ -14,6 +14,7 @@ from flwr.serverapp import Grid
 from rich.console import Console
 
 from sottovoce.client.errors import RunError
+from sottovoce.privacy.ledger import Ledger
 from sottovoce.privacy.noise import NoiseSource
 from sottovoce.server.callbacks import Bar, Checkpoints, LedgerFile, MetricsFile
 from sottovoce.server.checkpoints import (
@@ -75,10 +76,17 @@ def continue_run(grid: Grid, folder: Path, *, progress: bool | None = None) -> O
     experiment = build_experiment(text)
     setup = make_setup(experiment, source, state, text)
     setup.warnings += complaints
+    settle_ledger(folder / "ledger.json")
     discard_drafts(folder)
     discard_drafts(folder / "checkpoints")
     MetricsFile(folder).keep_until(state.round or -1)  # round 0 is evaluated again
     return _run(grid, folder, experiment, setup, state, progress)
+
+
+def settle_ledger(path: Path) -> None:
+    """Finish what a killed process was about to append to the ledger. RunError where it is torn."""
+    if path.exists():
+        Ledger.load(path).save(path)
 
 
 def refuse_ended(folder: Path) -> None:

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sottovoce.client.batches import BatchPlan, draw_batches
+from sottovoce.client.groups import GroupData
 from sottovoce.client.tasks import Batch, Task
-from sottovoce.client.training import GroupData
 from sottovoce.privacy.noise import NoiseSource
 from sottovoce.simulations.population import Population
 from sottovoce.strategies.levels import activity_levels

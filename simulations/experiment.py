@@ -6,6 +6,7 @@ Coordinator and fleet both build from the same settings; in one process they sha
 from __future__ import annotations
 
 import os
+from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,8 +18,9 @@ from torch import nn
 
 from sottovoce.client.batches import BatchPlan
 from sottovoce.client.errors import ConfigError
-from sottovoce.client.fleet import ExampleClipping, LocalTraining
+from sottovoce.client.fleet import DeviceOptimizer, ExampleClipping, LocalTraining
 from sottovoce.client.models import make_model
+from sottovoce.client.models.hub_files import tokenizer_file
 from sottovoce.client.tasks import Task, make_task
 from sottovoce.client.vocabulary import Vocabulary, make_vocabulary
 from sottovoce.privacy.noise import NoiseSource
@@ -51,11 +53,9 @@ def build_experiment(config_text: str) -> Experiment:
     config = OmegaConf.create(config_text)
     assert isinstance(config, DictConfig)
     population = make_population(config.population)
+    source, path = vocabulary_source(config)
     vocabulary = make_vocabulary(
-        config.task.vocabulary.source,
-        population,
-        buckets=config.task.vocabulary.buckets,
-        path=config.task.vocabulary.path,
+        source, population, buckets=config.task.vocabulary.buckets, path=path
     )
     task = make_task(
         config.task.name,
@@ -66,6 +66,14 @@ def build_experiment(config_text: str) -> Experiment:
     )
     task.check(population)
     return Experiment(config, population, vocabulary, task, local_training(config, len(population)))
+
+
+def vocabulary_source(config: DictConfig) -> tuple[str, str | None]:
+    """Source and file of the vocabulary; `auto` is the tokenizer of a pretrained model."""
+    chosen = config.task.vocabulary
+    if config.model.name == "pretrained" and chosen.source == "auto":
+        return "file", str(tokenizer_file(config.model.path))
+    return chosen.source, chosen.path
 
 
 def build_model(config: DictConfig, task: Task) -> nn.Module:
@@ -89,12 +97,48 @@ def local_training(config: DictConfig, devices: int) -> LocalTraining:
     )
     example = None
     if privacy.example.enabled:
-        noise = privacy.example.noise_multiplier
-        if noise is None:
-            noise = example_noise(config, plan, public_deltas(config, devices)["example"])
-        example = ExampleClipping(privacy.example.clip_norm, noise)
+        example = example_clipping(config, privacy.example.noise_multiplier or 0.0)
+        if privacy.example.noise_multiplier is None:
+            delta = public_deltas(config, devices)["example"]
+            example = example_clipping(config, example_noise(config, plan, delta))
     clip = privacy.device.clip_norm if privacy.device.enabled else None
-    return LocalTraining(strategy.learning_rate, plan, example, clip)
+    return LocalTraining(strategy.learning_rate, plan, example, clip, device_optimizer(strategy))
+
+
+def example_clipping(config: DictConfig, noise_multiplier: float) -> ExampleClipping:
+    """What each local step does to its examples, with some noise in round 1.
+
+    Settings of an older run, which lack the modes, mean per-example clipping at a fixed threshold.
+    """
+    privacy = config.privacy.example
+    usual = ExampleClipping(privacy.clip_norm, noise_multiplier)
+    decays = privacy.get("noise", "constant") == "decay"
+    return ExampleClipping(
+        clip_norm=privacy.clip_norm,
+        noise_multiplier=noise_multiplier,
+        mode=privacy.get("clipping", usual.mode),
+        threshold=privacy.get("threshold", usual.threshold),
+        micro_batch_size=privacy.get("micro_batch_size", usual.micro_batch_size),
+        target_quantile=privacy.get("target_quantile", usual.target_quantile),
+        quantile_learning_rate=privacy.get("quantile_learning_rate", usual.quantile_learning_rate),
+        count_noise=privacy.get("count_noise", usual.count_noise),
+        noise_decay=privacy.noise_decay if decays else usual.noise_decay,
+        rounds=config.rounds,
+    )
+
+
+def device_optimizer(strategy: DictConfig) -> DeviceOptimizer:
+    """What moves a device's weights; plain SGD where the settings of an older run are silent."""
+    usual = DeviceOptimizer()
+    return DeviceOptimizer(
+        name=strategy.get("device_optimizer", usual.name),
+        momentum=strategy.get("momentum", usual.momentum),
+        proximal=strategy.get("proximal", usual.proximal),
+        weight_decay=strategy.get("weight_decay", usual.weight_decay),
+        beta1=strategy.get("device_beta1", usual.beta1),
+        beta2=strategy.get("device_beta2", usual.beta2),
+        eps_floor=strategy.get("device_eps_floor", usual.eps_floor),
+    )
 
 
 def public_deltas(config: DictConfig, devices: int) -> dict[str, float]:
@@ -111,7 +155,9 @@ def example_noise(config: DictConfig, plan: BatchPlan, delta: float) -> float:
     """Noise multiplier of on-device steps for `privacy.example.epsilon` at every activity level.
 
     The target is what the busiest device may spend, so how often a device may take part must be
-    bounded; ConfigError where it is not.
+    bounded; ConfigError where it is not. With a decay it is the multiplier of round 1, found for a
+    device that takes part in the last rounds, which have the least noise: just what the ledger
+    books for it (`ExampleClipping.booked`).
     """
     privacy = config.privacy.example
     if privacy.max_participations is None:
@@ -121,13 +167,21 @@ def example_noise(config: DictConfig, plan: BatchPlan, delta: float) -> float:
         )
     from sottovoce.privacy.calibration import calibrate_noise
 
+    unit = example_clipping(config, 1.0)
+    most = privacy.max_participations
+    if unit.noise_decay != 1:
+        most = min(most, config.rounds)
+    shares = Counter(unit.booked(k + 1) for k in range(most))
+    entries = [
+        (level, plan.rate(level), plan.steps(level, 1 << level) * times, share)
+        for share, times in shares.items()
+        for level in range(MAX_LEVEL + 1)
+    ]
     return calibrate_noise(
         privacy.epsilon,
         delta,
-        by_level=[
-            (level, plan.rate(level), plan.steps(level, 1 << level) * privacy.max_participations)
-            for level in range(MAX_LEVEL + 1)
-        ],
+        by_level=[entry[:3] for entry in entries],
+        shares=[entry[3] for entry in entries],
     )
 
 
@@ -155,6 +209,7 @@ def simulated_fleet(config_text: str, node_config: UserConfig, run_id: int) -> S
             experiment.training,
             source,
             workers=worker_count(experiment.config.run.workers),
+            engine=experiment.config.privacy.example.get("engine", "grouped"),
         )
     return _fleets[key]
 

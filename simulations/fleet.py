@@ -16,17 +16,23 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from sottovoce.client.coins import has_dropout
 from sottovoce.client.fleet import Fleet, FleetReply, LocalTraining
+from sottovoce.client.groups import GroupData, LocalUpdates
 from sottovoce.client.tasks import Task
-from sottovoce.client.training import GroupData, GroupTrainer, LocalUpdates, sparse_table
+from sottovoce.client.training import GroupTrainer, sparse_table
 from sottovoce.privacy.noise import NoiseSource
 from sottovoce.simulations.cohort import Chunk, Draw, chunks, cut_group, draw_cohort
+from sottovoce.simulations.coins import GroupCoins
 from sottovoce.simulations.population import Population
 
 CHUNK_DEVICES = 512
 CANDIDATES = (8, 16, 32)
 USUAL = 16
 TRIALS = 3
+GROUP_BYTES = 1 << 30  # about, of a group in training
+STACKS = 4  # of trainable weights: they, gradients, moves and noise
+KEPT_BYTES = 10  # in a forward pass, at each position, for each output of a linear layer
 
 Trained = tuple[list[Draw], GroupData, LocalUpdates]
 
@@ -36,14 +42,14 @@ class SimulatedFleet(Fleet):
 
     `source`: keyed randomness of batches and of on-device noise. `group_size`: devices that train
     at once; None lets the fleet choose (`GroupSize`). `workers`: threads that train groups.
+    `engine`: grouped, or opacus, which trains device by device.
 
-    *Guarantee*: with `training.example`, each local step is a Gaussian mechanism of sensitivity
-    clip_norm for the example unit under add/remove, at the Poisson rate of the device's level; the
-    step's clipped sum is projected to S / steps *before* its noise, a map that moves no two sums
-    further apart, so the projection costs nothing and the whole update is post-processing of the
-    noised steps. (Clipping the finished signal and leaving the noise alone would not be: with two
-    steps or more the second signal depends on the first step's noise.) Every device's signal has
-    norm at most S = `training.update_clip_norm`.
+    *Guarantee*: with `training.example`, each local step is the Gaussian mechanism for the example
+    unit under add/remove that `ExampleClipping` states for its round, at the Poisson rate of the
+    device's level, and the whole update is post-processing of the noised steps. Every device's
+    signal has norm at most S = `training.update_clip_norm`, and the noise that passes beside it has
+    the variance that `training` of the round declares (`LocalTraining.noise_variance`) in every
+    coordinate. `LocalDescent` says how, optimiser by optimiser.
     *Assumes*: honest devices; activity levels are public.
     """
 
@@ -56,10 +62,14 @@ class SimulatedFleet(Fleet):
         source: NoiseSource,
         group_size: int | None = None,
         workers: int = 1,
+        engine: str = "grouped",
     ) -> None:
         self.population, self.task, self.model = population, task, model
         self.training, self.source, self.workers = training, source, workers
-        self.size = GroupSize(group_size, fixed=source.reproducible)
+        self.engine, self.drops = engine, has_dropout(model)
+        alone = 1 if engine == "opacus" else group_size
+        most = largest_group(model, training.plan.batch_size * task.max_length)
+        self.size = GroupSize(alone, fixed=source.reproducible, most=most)
         self._idle: dict[int, list[GroupTrainer]] = {}
 
     def train(
@@ -68,7 +78,7 @@ class SimulatedFleet(Fleet):
         draws = draw_cohort(
             self.population, devices, self.training.plan, server_round, self.source
         )
-        total = RoundSum(self.model, self.training)
+        total = RoundSum(self.model, self.training, server_round)
         for group_draws, data, updates in self._trained(parameters, draws, server_round):
             total.add(group_draws, data, updates)
         first_device = int(devices.min()) if len(devices) else 0
@@ -111,20 +121,20 @@ class SimulatedFleet(Fleet):
     ) -> Trained:
         began = time.perf_counter()
         idle = self._idle.setdefault(size, [])
-        trainer = idle.pop() if idle else GroupTrainer(self.model, self.task, self.training, size)
+        trainer = idle.pop() if idle else self._trainer(size)
+        trainer.training = self.training
         vocabulary = parameters[trainer.table].shape[0] if trainer.table else 0
         data = cut_group(chunk, first, size, trainer.table_input, vocabulary)
-        draws = chunk.draws[first : first + size]
-        updates = trainer.train(parameters, data, self._generators(draws, server_round))
+        draws, numbers = chunk.draws[first : first + size], chunk.numbers[first : first + size]
+        coins = GroupCoins(self.source, server_round, draws, numbers)
+        noise = coins.toss(data, self.training, dropout=self.drops)
+        updates = trainer.train(parameters, data, server_round, noise)
         idle.append(trainer)
         self.size.measured(size, len(draws), time.perf_counter() - began)
         return draws, data, updates
 
-    def _generators(self, draws: list[Draw], server_round: int) -> list[np.random.Generator] | None:
-        example = self.training.example
-        if example is None or example.noise_multiplier == 0:
-            return None
-        return [self.source.generator("device noise", server_round, d.device) for d in draws]
+    def _trainer(self, size: int) -> GroupTrainer:
+        return GroupTrainer(self.model, self.task, self.training, size, self.engine)
 
 
 class RoundSum:
@@ -135,9 +145,9 @@ class RoundSum:
     made once for the sum: exact in distribution.
     """
 
-    def __init__(self, model: nn.Module, training: LocalTraining) -> None:
-        self.training = training
-        self.table = sparse_table(model)[0]
+    def __init__(self, model: nn.Module, training: LocalTraining, server_round: int) -> None:
+        self.training = training.at(server_round)
+        self.table = sparse_table(model, training)[0]
         self.sums = {
             name: torch.zeros(p.shape, dtype=torch.float64)
             for name, p in model.named_parameters()
@@ -145,6 +155,7 @@ class RoundSum:
         }
         rows = self.sums[self.table].shape[0] if self.table else 0
         self.untouched = torch.zeros(rows, dtype=torch.float64)  # variance still to be drawn
+        self._variances: dict[int, float] = {}
         self.levels: dict[int, int] = {}
         self.dropped = 0
         self.totals = dict.fromkeys(
@@ -168,8 +179,12 @@ class RoundSum:
         self._count(updates, keep)
 
     def _owe(self, level: int, touched: NDArray[np.int64]) -> None:
-        variance = self.training.noise_variance(level)
-        if variance and self.table:
+        if self.table is None:
+            return
+        if level not in self._variances:
+            self._variances[level] = self.training.noise_variance(level)
+        variance = self._variances[level]
+        if variance:
             self.untouched += variance
             self.untouched[torch.from_numpy(touched)] -= variance
 
@@ -192,21 +207,32 @@ class RoundSum:
         return FleetReply(sums, self.levels, self.dropped, self.totals)
 
 
+def largest_group(model: nn.Module, positions: int) -> int:
+    """Devices that a thread has room for at once, each with `positions` in a step's batch."""
+    own = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    widths = sum(getattr(m, "out_features", 0) for m in model.modules())
+    return max(1, GROUP_BYTES // max(1, own * STACKS + positions * widths * KEPT_BYTES))
+
+
 class GroupSize:
     """How many devices train at once: the fastest of a few sizes, timed on the first groups.
 
-    With a seed the size is fixed, so that the run's last bits do not depend on a clock.
+    With a seed the size is fixed, so that the run's last bits do not depend on a clock. `most`:
+    for large models, which do not fit many times; it bounds what is chosen, not a given `size`.
     """
 
-    def __init__(self, size: int | None, *, fixed: bool) -> None:
-        self.chosen: int | None = size or (USUAL if fixed else None)
-        self._trials = [size for size in CANDIDATES for _ in range(TRIALS)]
-        self._seconds: dict[int, list[float]] = {size: [] for size in CANDIDATES}
+    def __init__(self, size: int | None, *, fixed: bool, most: int = max(CANDIDATES)) -> None:
+        self._sizes = [size for size in CANDIDATES if size <= most]
+        self._usual = min(USUAL, most)
+        alone = fixed or not self._sizes
+        self.chosen: int | None = size or (self._usual if alone else None)
+        self._trials = [size for size in self._sizes for _ in range(TRIALS)]
+        self._seconds: dict[int, list[float]] = {size: [] for size in self._sizes}
 
     def next(self) -> int:
         if self.chosen is not None:
             return self.chosen
-        return self._trials.pop(0) if self._trials else USUAL
+        return self._trials.pop(0) if self._trials else self._usual
 
     def measured(self, size: int, devices: int, seconds: float) -> None:
         """Note how long a group took; a size's first group warms up and does not count."""
@@ -214,4 +240,4 @@ class GroupSize:
             return
         self._seconds[size].append(seconds / devices)
         if all(len(seconds) >= TRIALS for seconds in self._seconds.values()):
-            self.chosen = min(CANDIDATES, key=lambda s: min(self._seconds[s][1:]))
+            self.chosen = min(self._sizes, key=lambda s: min(self._seconds[s][1:]))

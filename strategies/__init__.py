@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from sottovoce.strategies.samplers import Sampler as Sampler
     from sottovoce.strategies.samplers import UniformSampler as UniformSampler
     from sottovoce.strategies.samplers import make_sampler as make_sampler
+    from sottovoce.strategies.separated import SeparatedSampler as SeparatedSampler
 
 # Loaded on first use, so that importing the package costs nothing.
 _HOMES = {
@@ -23,6 +24,7 @@ _HOMES = {
     "FixedSizeSampler": "samplers",
     "NoisedSum": "noised_sum",
     "Sampler": "samplers",
+    "SeparatedSampler": "separated",
     "UniformSampler": "samplers",
     "make_sampler": "samplers",
 }

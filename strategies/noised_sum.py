@@ -6,7 +6,7 @@ Algorithm (DP-FedAvg, McMahan et al. 2018, arXiv:1710.06963, with known inclusio
     total   <- sum over fleets of clipped updates
     release <- (total + noise) / expected cohort   expected and public, never the replies' number
     theta   <- server optimiser(theta, release)
-    ledger  <- one event for the round, one more when a level's most frequent device rises
+    ledger  <- one event for the round, more when a level's most frequent device rises
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
@@ -27,7 +27,9 @@ from torch import Tensor
 from sottovoce.client.errors import RunError
 from sottovoce.client.fleet import FleetReply, LocalTraining
 from sottovoce.client.messages import read_reply, to_record, to_tensors, train_content
-from sottovoce.privacy.events import Event, GaussianEvent
+from sottovoce.privacy.adaptive import AdaptiveMechanism
+from sottovoce.privacy.correlated import CorrelatedMechanism
+from sottovoce.privacy.events import Event, GaussianEvent, LevelEntry
 from sottovoce.privacy.ledger import Ledger
 from sottovoce.privacy.mechanisms import DeviceMechanism
 from sottovoce.privacy.noise import NoiseSource
@@ -37,6 +39,10 @@ from sottovoce.strategies.participation import Participation
 from sottovoce.strategies.samplers import Sampler
 
 Tensors = dict[str, Tensor]
+Mechanism = DeviceMechanism | AdaptiveMechanism | CorrelatedMechanism
+
+CENTRAL_NOISE = "central noise"
+COUNT_NOISE = "noise on the count of clipped devices"
 
 log = logging.getLogger(__name__)
 
@@ -59,9 +65,10 @@ class NoisedSum(Strategy):
     device-level noise. `training`: what devices do, as far as accounting must know it. `settings`:
     the run's, as YAML, for the fleets.
 
-    *Guarantee*: device unit, observer `release`: `DeviceMechanism` at the sampler's rates, every
-    round an event in `ledger`; example unit, observer `server`: the fleets' noised steps.
-    *Assumes*: the sampler's coins are secret; fleets are honest.
+    *Guarantee*: device unit, observer `release`: the mechanism's, at the sampler's rates where it
+    is not correlated, every round an event in `ledger`; example unit, observer `server`: the
+    fleets' noised steps. Nobody takes part but as `participation` allows, whatever is drawn.
+    *Assumes*: the sampler's coins are secret where rates are claimed; fleets are honest.
     """
 
     def __init__(
@@ -70,7 +77,7 @@ class NoisedSum(Strategy):
         sampler: Sampler,
         activity: NDArray[np.unsignedinteger],
         optimizer: ServerOptimizer,
-        mechanism: DeviceMechanism | None,
+        mechanism: Mechanism | None,
         training: LocalTraining,
         ledger: Ledger,
         participation: Participation,
@@ -86,19 +93,21 @@ class NoisedSum(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
         """One message for each fleet that hosts a sampled device (device id modulo fleets)."""
-        devices = self.participation.allowed(self.sampler.sample(server_round))
+        devices = self.participation.allowed(self.sampler.sample(server_round), server_round)
         levels = activity_levels(self.activity[devices])
         self.current = Round(server_round, to_tensors(arrays), devices, levels)
         nodes = sorted(grid.get_node_ids())
         if not nodes:
             raise RunError("no fleet is connected: start at least one node")
+        mechanism = self.mechanism
+        clip_norm = mechanism.clip_norm if isinstance(mechanism, AdaptiveMechanism) else None
         messages = []
         for place, node in enumerate(nodes):
             share = devices[devices % len(nodes) == place]
             if len(share):
                 asked = levels[devices % len(nodes) == place]
                 self.current.sent[node] = Counter(asked.tolist())
-                content = train_content(arrays, share, server_round, self.settings)
+                content = train_content(arrays, share, server_round, self.settings, clip_norm)
                 group = str(server_round)
                 messages.append(Message(content, node, "train", group_id=group))
         return messages
@@ -117,6 +126,7 @@ class NoisedSum(Strategy):
         update = {name: tensor / expected for name, tensor in release.items()}
         parameters = self.optimizer.step(current.parameters, update)
         metrics = self._metrics(current, total, update, deviation)
+        self._observe(total, server_round)
         if complaints:
             metrics["bad_replies"] = len(complaints)
             log.warning("\n".join(complaints))
@@ -124,8 +134,13 @@ class NoisedSum(Strategy):
 
     def events_ahead(self) -> list[Event]:
         """Events that the next round may at most append: what a budget stop must reckon with."""
-        levels = [lv for lv in sorted(self.sampler.rates) if self.participation.may_rise(lv)]
-        return self._device_events(None) + self._example_events(levels, None)
+        worst = self.participation.worst
+        ahead = {
+            level: worst.get(level, 0) + 1
+            for level in sorted(self.sampler.rates)
+            if self.participation.may_rise(level)
+        }
+        return self._device_events(None) + self._example_events(ahead, None)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -162,20 +177,53 @@ class NoisedSum(Strategy):
     def _release(self, total: FleetReply, server_round: int) -> tuple[dict[str, Tensor], float]:
         if self.mechanism is None:
             return total.sums, 0.0
+        training, mechanism = self.training.at(server_round), self._mechanism(server_round)
         local = sum(
-            count * self.training.noise_variance(level)
+            count * training.noise_variance(level)
             for level, count in total.devices_by_level.items()
         )
-        generator = self.source.generator("central noise", server_round)
-        return self.mechanism.release(total.sums, local, generator), self.mechanism.deviation
+        generator = self.source.generator(CENTRAL_NOISE, server_round)
+        return mechanism.release(total.sums, local, generator), mechanism.deviation
+
+    def _observe(self, total: FleetReply, server_round: int) -> None:
+        """Let a clip norm that moves see how many devices were clipped; the last act of a round."""
+        if isinstance(self.mechanism, AdaptiveMechanism):
+            devices = sum(total.devices_by_level.values())
+            clipped = total.totals.get("clipped_devices", 0.0)
+            generator = self.source.generator(COUNT_NOISE, server_round)
+            self.mechanism.observe(devices, clipped, generator)
+
+    def mechanism_state(self) -> Tensors:
+        """What of the mechanism a checkpoint must hold; noise is drawn anew from its source."""
+        mechanism = self.mechanism
+        return mechanism.state() if isinstance(mechanism, AdaptiveMechanism) else {}
+
+    def _mechanism(self, server_round: int) -> Mechanism:
+        """That of a round: where devices' noise decays, so does the bound on its variance.
+
+        All variances of a round are those of round 1 times the same public number, and the bound,
+        a linear function of them, with it.
+        """
+        assert self.mechanism is not None
+        if not isinstance(self.mechanism, DeviceMechanism):
+            return self.mechanism
+        first, example = self.training.example, self.training.at(server_round).example
+        if first is None or example is None or not first.noise_multiplier:
+            return self.mechanism
+        share = (example.noise_multiplier / first.noise_multiplier) ** 2
+        bound = self.mechanism.local_variance_bound * share
+        return replace(self.mechanism, local_variance_bound=bound)
 
     def _events(self, current: Round) -> list[Event]:
-        risen = self.participation.add(current.devices, current.levels)
-        return self._device_events(current.number) + self._example_events(risen, current.number)
+        risen = self.participation.add(current.devices, current.levels, current.number)
+        worst = {level: self.participation.worst[level] for level in risen}
+        return self._device_events(current.number) + self._example_events(worst, current.number)
 
     def _device_events(self, server_round: int | None) -> list[Event]:
         if self.mechanism is None:
             return []
+        if isinstance(self.mechanism, CorrelatedMechanism):
+            return [self.mechanism.event(server_round)]
         rates = sorted(self.sampler.rates.items())
         fixed = self.sampler.sampling == "fixed_size"
         return [
@@ -191,22 +239,30 @@ class NoisedSum(Strategy):
             )
         ]
 
-    def _example_events(self, levels: list[int], server_round: int | None) -> list[Event]:
+    def _example_events(self, worst: dict[int, int], server_round: int | None) -> list[Event]:
+        """`worst`: participations of the busiest device of each level where that number rose.
+
+        One event for each noise multiplier that `ExampleClipping.booked` finds for them.
+        """
         example, plan = self.training.example, self.training.plan
-        if example is None or not levels:
+        if example is None:
             return []
-        entries = tuple((lv, plan.rate(lv), plan.steps(lv, 1 << lv)) for lv in levels)
+        entries: dict[float, list[LevelEntry]] = {}
+        for level, participation in worst.items():
+            entry = (level, plan.rate(level), plan.steps(level, 1 << level))
+            entries.setdefault(example.booked(participation), []).append(entry)
         return [
             GaussianEvent(
-                noise_multiplier=example.noise_multiplier,
+                noise_multiplier=noise,
                 sampling="poisson",
-                by_level=entries,
+                by_level=tuple(group),
                 unit="example",
                 relation="add_remove",
                 observer="server",
                 purpose="eDP-SGD steps of one participation",
                 round=server_round,
             )
+            for noise, group in entries.items()
         ]
 
     def _metrics(
@@ -231,6 +287,8 @@ class NoisedSum(Strategy):
         }
         if examples and devices:
             metrics["train_loss"] = total.totals.get("loss", 0.0) / examples
+        if self.mechanism is not None:
+            metrics["clip_norm"] = self.mechanism.clip_norm
         if deviation:
             metrics["signal_to_noise"] = signal / (deviation * math.sqrt(size))
         return metrics

@@ -1,4 +1,4 @@
-"""Who took part how often: what example-level accounting and the participation bound read.
+"""Who took part how often and when: what example-level accounting and participation bounds read.
 
 A device's rounds compose for its examples' privacy, so the worst case of a level is its most
 frequent participant. Counts are kept for devices that took part at least once, nobody else.
@@ -13,37 +13,52 @@ from torch import Tensor
 
 
 class Participation:
-    """Rounds taken part in, by device. `limit`: most rounds a device may join, or None."""
+    """Rounds taken part in, by device.
 
-    def __init__(self, limit: int | None = None) -> None:
-        self.limit = limit
+    `limit`: most rounds a device may join, or None. `separation`: a device that took part in round
+    r is not asked again before round r + separation, or None. These are what a claim without
+    sampling rests on: whatever a sampler draws passes through `allowed`.
+    """
+
+    def __init__(self, limit: int | None = None, separation: int | None = None) -> None:
+        self.limit, self.separation = limit, separation
         self.devices: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
         self.counts: NDArray[np.int32] = np.zeros(0, dtype=np.int32)
+        self.last: NDArray[np.int32] = np.zeros(0, dtype=np.int32)
         self.worst: dict[int, int] = {}
 
     def __len__(self) -> int:
         return len(self.devices)
 
-    def allowed(self, devices: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Those of `devices` (sorted) that may still take part."""
-        if self.limit is None or not len(self.devices):
-            return devices
-        at = np.minimum(np.searchsorted(self.devices, devices), len(self.devices) - 1)
-        seen = np.where(self.devices[at] == devices, self.counts[at], 0)
-        return devices[seen < self.limit]
+    def barred(self, server_round: int = 0) -> NDArray[np.int64]:
+        """Sorted ids of the devices that may not take part in `server_round`."""
+        barred = np.zeros(len(self.devices), dtype=bool)
+        if self.limit is not None:
+            barred |= self.counts >= self.limit
+        if self.separation is not None:
+            barred |= server_round - self.last < self.separation
+        return self.devices[barred]
+
+    def allowed(self, devices: NDArray[np.int64], server_round: int = 0) -> NDArray[np.int64]:
+        """Those of `devices` (sorted) that may take part in `server_round`."""
+        return devices[~np.isin(devices, self.barred(server_round), assume_unique=True)]
 
     def may_rise(self, level: int) -> bool:
         """Whether the next round could raise the worst count of `level`."""
         return self.limit is None or self.worst.get(level, 0) < self.limit
 
-    def add(self, devices: NDArray[np.int64], levels: NDArray[np.uint8]) -> list[int]:
+    def add(
+        self, devices: NDArray[np.int64], levels: NDArray[np.uint8], server_round: int = 0
+    ) -> list[int]:
         """Count one more round for `devices` (sorted, unique); levels whose worst count rose."""
         merged = np.union1d(self.devices, devices)
-        counts = np.zeros(len(merged), dtype=np.int32)
-        counts[np.searchsorted(merged, self.devices)] = self.counts
+        before = np.searchsorted(merged, self.devices)
         here = np.searchsorted(merged, devices)
+        counts, last = np.zeros((2, len(merged)), dtype=np.int32)
+        counts[before], last[before] = self.counts, self.last
         counts[here] += 1
-        self.devices, self.counts = merged, counts
+        last[here] = server_round
+        self.devices, self.counts, self.last = merged, counts, last
         risen = []
         for level in np.unique(levels).tolist():
             worst = int(counts[here[levels == level]].max())
@@ -58,10 +73,13 @@ class Participation:
         return {
             "devices": torch.from_numpy(self.devices),
             "counts": torch.from_numpy(self.counts),
+            "last": torch.from_numpy(self.last),
             "worst": torch.tensor(worst, dtype=torch.int64).reshape(len(worst), 2),
         }
 
     def load(self, state: dict[str, Tensor]) -> None:
         self.devices = state["devices"].numpy().astype(np.int64)
         self.counts = state["counts"].numpy().astype(np.int32)
+        last = state.get("last", torch.zeros(len(self.devices)))  # older checkpoints have none
+        self.last = last.numpy().astype(np.int32)
         self.worst = {int(level): int(count) for level, count in state["worst"].tolist()}

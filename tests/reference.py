@@ -43,44 +43,92 @@ def train_device(
     example_clip: float | None,
     update_clip: float | None,
     noise: Callable[[], dict[str, Tensor]] | None = None,
+    momentum: float = 0.0,
+    proximal: float = 0.0,
+    weight_decay: float = 0.0,
+    adam: tuple[float, float, float, float] | None = None,
+    mean_gradients: Callable[[nn.Module, int], dict[str, Tensor]] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], float]:
     """One device's local round: (clipped signal, noise, norm of the unclipped signal).
 
-    `loss_of_examples` gives per-example losses (n,); `noise` draws one step's noise by name,
-    already scaled to a step.
+    `loss_of_examples` gives per-example losses (n,); `noise` draws one step's noise by name, that
+    of a mean gradient. `adam`: beta1, beta2, floor and noise variance of DP-AdamBC, whose noise
+    stays in the signal. `weight_decay` and `proximal` act on the weights themselves.
+    `mean_gradients`: another way from the model and a step's number to its mean gradient.
     """
     model = copy.deepcopy(model)
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    start = {n: p.detach().clone() for n, p in named.items()}
     signal = {n: torch.zeros_like(p) for n, p in named.items()}
     drift = {n: torch.zeros_like(p) for n, p in named.items()}
-    for batch in steps:
-        if example_clip is None:
-            grads = torch.autograd.grad(
-                loss_of_examples(model, batch).mean(), list(named.values()), allow_unused=True
-            )
-            moves = [
-                torch.zeros_like(p) if g is None else g
-                for p, g in zip(named.values(), grads, strict=True)
-            ]
+    speed = {n: torch.zeros_like(p) for n, p in named.items()}
+    drift_speed = {n: torch.zeros_like(p) for n, p in named.items()}
+    squares = {n: torch.zeros_like(p) for n, p in named.items()}
+    drag = learning_rate * (proximal + weight_decay)
+
+    def reach(at: int, through_momentum: bool) -> float:
+        """How far the weights end up when step `at` alone pushes them, by 1."""
+        place = v = 0.0
+        for step in range(len(steps)):
+            push = float(step == at)
+            v = momentum * v + push
+            place = (1 - drag) * place + learning_rate * (v if through_momentum else push)
+        return place
+
+    for number, batch in enumerate(steps):
+        if mean_gradients is None:
+            moves = _mean_gradients(model, loss_of_examples, batch, batch_size, example_clip)
         else:
-            moves, _ = clipped_loop(
-                model, lambda m, i, b=batch: loss_of_examples(m, [b[i]])[0],
-                range(len(batch)), example_clip,
-            )
-            moves = [total / batch_size for total in moves]
-        step = {n: learning_rate * move for n, move in zip(named, moves, strict=True)}
-        if example_clip is not None and update_clip is not None:
-            _scale_to(step, update_clip / len(steps))
+            moves = mean_gradients(model, number)
+        if example_clip is not None and update_clip is not None and adam is None:
+            pull = weight_decay * reach(number, False) / reach(number, True)
+            whole = {n: moves[n] + pull * start[n] for n in named}
+            _scale_to(whole, update_clip / sum(reach(s, True) for s in range(len(steps))))
+            moves = {n: whole[n] - pull * start[n] for n in named}
         drawn = noise() if noise else {n: torch.zeros_like(p) for n, p in named.items()}
-        with torch.no_grad():
-            for n, p in named.items():
-                p -= step[n] + drawn[n]
-                signal[n] -= step[n]
-                drift[n] -= drawn[n]
+        for n, p in named.items():
+            if adam is None:
+                speed[n] = momentum * speed[n] + moves[n]
+                drift_speed[n] = momentum * drift_speed[n] + drawn[n]
+                step = speed[n]
+            else:
+                beta1, beta2, floor, variance = adam
+                g = moves[n] + drawn[n]
+                speed[n] = beta1 * speed[n] + (1 - beta1) * g
+                squares[n] = beta2 * squares[n] + (1 - beta2) * g * g
+                second = squares[n] / (1 - beta2 ** (number + 1)) - variance
+                step = speed[n] / (1 - beta1 ** (number + 1)) / second.clamp(min=floor).sqrt()
+            pulled = signal[n] * (1 - drag) - learning_rate * weight_decay * start[n]
+            signal[n] = pulled - learning_rate * step
+            drift[n] = drift[n] * (1 - drag) - learning_rate * drift_speed[n]
+            p.data = start[n] + signal[n] + drift[n]
     norm = _norm(signal)
-    if example_clip is None and update_clip is not None:
+    if update_clip is not None and (example_clip is None or adam is not None):
         _scale_to(signal, update_clip)
     return signal, drift, norm
+
+
+def _mean_gradients(
+    model: nn.Module,
+    loss_of_examples: Callable[[nn.Module, list[int]], Tensor],
+    batch: list[int],
+    batch_size: int,
+    example_clip: float | None,
+) -> dict[str, Tensor]:
+    """By name: the gradient of the mean loss, or the sum of clipped ones over the batch size."""
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    if example_clip is not None:
+        sums, _ = clipped_loop(
+            model, lambda m, i: loss_of_examples(m, [batch[i]])[0], range(len(batch)), example_clip
+        )
+        return {n: total / batch_size for n, total in zip(named, sums, strict=True)}
+    grads = torch.autograd.grad(
+        loss_of_examples(model, batch).mean(), list(named.values()), allow_unused=True
+    )
+    return {
+        n: torch.zeros_like(p) if g is None else g
+        for (n, p), g in zip(named.items(), grads, strict=True)
+    }
 
 
 def _norm(tensors: dict[str, Tensor]) -> float:

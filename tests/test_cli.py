@@ -264,6 +264,12 @@ IMPOSSIBLE = {
     "strategy.max_rate=1.5": ["strategy.max_rate=1.5", "at most 1"],
     "strategy.learning_rate=nan": ["strategy.learning_rate=nan"],
     "strategy.sampler=best": ["strategy.sampler=best", "activity or uniform"],
+    "strategy.device_optimizer=lion": ["strategy.device_optimizer=lion", "sgd or adam"],
+    "strategy.momentum=1": ["strategy.momentum=1", "below 1"],
+    "strategy.proximal=-0.1": ["strategy.proximal=-0.1", "at least 0"],
+    "strategy.device_optimizer=adam strategy.momentum=0.9": ["momentum=0.9", "device_beta1"],
+    "strategy.proximal=0.9 strategy.weight_decay=0.2": ["is 1.1", "below 1"],
+    "privacy.example.engine=jax": ["privacy.example.engine=jax", "grouped or opacus"],
     "privacy.device.epsilon=0": ["privacy.device.epsilon=0", "above 0"],
     "privacy.device.epsilon=inf": ["privacy.device.epsilon=inf", "above 0"],
     "privacy.device.delta=1": ["privacy.device.delta=1", "between 0 and 1"],
@@ -359,6 +365,13 @@ def test_noise_of_zero_and_a_target_above_the_budget_are_named() -> None:
     assert "epsilon is infinite" in noiseless
     (early,) = validate(composed("privacy.device.max_epsilon=2"))
     assert "privacy.device.max_epsilon=2" in early
+
+
+def test_adam_beside_both_kinds_of_privacy_is_named() -> None:
+    (whole,) = validate(composed("strategy.device_optimizer=adam"))
+    assert "privacy.device.clip_norm" in whole
+    for privacy in ("none", "device", "example"):
+        assert validate(composed("strategy.device_optimizer=adam", f"privacy={privacy}")) == []
 
 
 # -- where a run writes ----------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from small_runs import FIXED_NOISE, SMALL, Killed, metrics, model, resume, run, summary
 
+from sottovoce.privacy.accountants import epsilon
 from sottovoce.privacy.ledger import Ledger
 from sottovoce.server import callbacks, checkpoints, training
 from sottovoce.server.checkpoints import load_checkpoint, load_latest
@@ -179,6 +180,35 @@ def test_a_run_may_be_stopped_in_every_round(tmp_path: Path, undisturbed: Path) 
                 run(folder, *SETTINGS) if call == 0 else resume(folder)
     assert resume(folder) == 0
     assert_same_end(folder, undisturbed)
+
+
+def test_the_ledger_on_disk_never_forgets_a_round_that_was_released(tmp_path: Path) -> None:
+    """Rounds after the last checkpoint are done again; until then their events stay."""
+    folder = tmp_path / "run"
+    settings = (*SETTINGS, "run.checkpoint_every=4", "rounds=5")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(NoisedSum, "aggregate_train", killing(NoisedSum.aggregate_train, at=4))
+        with pytest.raises(Killed):
+            run(folder, *settings)
+    path = folder / "ledger.json"
+    assert rounds_in(Ledger.load(path)) == {1, 2, 3}
+    assert load_latest(folder / "checkpoints")[0].round == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(callbacks.MetricsFile, "on_round", killing(
+            callbacks.MetricsFile.on_round, at=2))  # fmt: skip
+        with pytest.raises(Killed):
+            resume(folder)
+    assert rounds_in(Ledger.load(path)) == {1, 2, 3}, "round 1 done again, 2 and 3 not yet"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(NoisedSum, "aggregate_train", interrupting(2))
+        assert resume(folder) == 130
+    assert rounds_in(Ledger.load(path)) == {1, 2, 3}
+    stated = summary(folder)["epsilon"]["device"]["epsilon"]
+    assert stated == epsilon(Ledger.load(path), 1e-5, unit="device", observer="release")
+    assert resume(folder) == 0
+    assert rounds_in(Ledger.load(path)) == {1, 2, 3, 4, 5}
+    assert run(tmp_path / "whole", *settings) == 0
+    assert_same_end(folder, tmp_path / "whole")
 
 
 def test_a_metrics_line_cut_short_is_written_again(tmp_path: Path, undisturbed: Path) -> None:

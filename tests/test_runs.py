@@ -59,7 +59,7 @@ def test_a_run_writes_what_its_folder_promises(finished: tuple[str, Path]) -> No
     choice, folder = finished
     expected = {
         "config.yaml", "metrics.jsonl", "ledger.json", "model.safetensors", "model.json",
-        "checkpoints", "summary.json",
+        "checkpoints", "summary.json", "MODEL_CARD.md",
     } | ({"report.html"} if choice == "both" else set())  # fmt: skip
     assert {path.name for path in folder.iterdir()} == expected
     for path in folder.rglob("*.json"):
