@@ -13,7 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset, default_collate
+from torch.utils.data import (
+    DataLoader,
+    RandomSampler,
+    SequentialSampler,
+    TensorDataset,
+    default_collate,
+)
 
 from sottovoce.privacy.draws import Draws, Randomness
 
@@ -87,10 +93,26 @@ class PoissonBatches:
 def poisson_loader(loader: DataLoader[Any], generator: Randomness = None) -> DataLoader[Any]:
     """A loader like `loader`, workers and all, that draws Poisson batches of the same mean size.
 
-    Its rate is 1 / len(loader), as Opacus has it. Raises ValueError for a dataset without length.
+    Its rate is 1 / len(loader), as Opacus has it. Raises ValueError for a dataset without length,
+    for a loader without batches, and for a sampler that does not draw every example once.
     """
     if not isinstance(loader.dataset, Sized):
         raise ValueError("the data_loader's dataset has no length: Poisson sampling needs one")
+    if loader.batch_size is None or not len(loader):
+        raise ValueError(
+            f"the data_loader has batch_size={loader.batch_size} and makes {len(loader)} batches: "
+            "give it a batch_size between 1 and the number of examples"
+        )
+    sampler = loader.sampler
+    every = isinstance(sampler, SequentialSampler) or (
+        isinstance(sampler, RandomSampler) and not sampler.replacement
+        and sampler.num_samples == len(loader.dataset)
+    )
+    if not every:
+        raise ValueError(
+            f"the data_loader's {type(sampler).__name__} would be replaced by Poisson sampling of "
+            "the whole dataset: cut the dataset itself (torch.utils.data.Subset) and drop it"
+        )
     plan = PoissonBatches(
         len(loader.dataset), 1 / len(loader), steps=len(loader), generator=generator
     )

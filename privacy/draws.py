@@ -7,7 +7,9 @@ that not even a run that goes back to a checkpoint repeats a draw.
 
 from __future__ import annotations
 
+import os
 import secrets
+from typing import Any
 
 import numpy as np
 
@@ -26,7 +28,7 @@ class Draws:
     def __init__(self, randomness: Randomness) -> None:
         self._plain = randomness if isinstance(randomness, np.random.Generator) else None
         self._source = NoiseSource.from_system() if randomness is None else randomness
-        self._nonce = 0
+        self._nonce, self._process = 0, os.getpid()
         self.renew()
 
     def renew(self) -> None:
@@ -34,10 +36,29 @@ class Draws:
         if isinstance(self._source, NoiseSource) and not self._source.reproducible:
             self._nonce = secrets.randbits(64)
 
+    def __getstate__(self) -> Any:
+        """Neither copied nor pickled: two copies would draw the same noise for two releases."""
+        raise ValueError(
+            "randomness of a private optimiser cannot be copied: its noise would be used twice; "
+            "build a new EDPSGD on the copied model and load_state_dict into it"
+        )
+
     def at(self, purpose: str, step: int) -> np.random.Generator:
+        if self._process != os.getpid():
+            self._forked()
         if isinstance(self._source, NoiseSource):
             return self._source.generator(purpose, self._nonce, step)
         return self._source
+
+    def _forked(self) -> None:
+        """In a forked process: what its parent draws too must not be drawn here."""
+        if self._plain is not None:
+            raise ValueError(
+                "a plain generator would repeat its noise in a forked process: build the optimizer "
+                "after the fork, or with generator=None"
+            )
+        self._process = os.getpid()
+        self.renew()
 
     def check_resumable(self, steps: int) -> None:
         """Raise ValueError where going on after `steps` steps might draw the same noise again."""

@@ -213,6 +213,22 @@ class EDPSGD(Optimizer):
             quantile.update(count + noise, self.release.expected_units)
         return norms
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Only the model's own group: ValueError for another, which no step would move."""
+        if self.param_groups:
+            raise ValueError(
+                "EDPSGD moves the parameters of one model in one group: unfreeze them first and "
+                "build it anew"
+            )
+        super().add_param_group(param_group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Neither copied nor pickled, see `Draws`; `state_dict` is what a run goes on from."""
+        raise ValueError(
+            "EDPSGD cannot be copied or pickled: both copies would draw the same noise; save "
+            "state_dict() and load it into a new EDPSGD"
+        )
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """For loops that call it: there is nothing to forget, and what was accumulated stays."""
         super().zero_grad(set_to_none)

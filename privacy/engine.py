@@ -47,7 +47,7 @@ class ClippedSums:
 
 
 # Models, and the code of the losses with which their rows were found to be apart.
-_looked_at: WeakKeyDictionary[nn.Module, set[CodeType | None]] = WeakKeyDictionary()
+_looked_at: WeakKeyDictionary[nn.Module, set[CodeType]] = WeakKeyDictionary()
 
 
 def clipped_gradients(
@@ -73,11 +73,12 @@ def clipped_gradients(
     """
     rule = as_clipping(clip_norm)
     grouped = track(model)
-    seen = _looked_at.setdefault(model, set())
-    grouped.probed = getattr(losses, "__code__", None) in seen
+    grouped.tape.inside = 1  # a tape of this one pass holds nobody else's rows
+    seen, code = _looked_at.setdefault(model, set()), getattr(losses, "__code__", None)
+    grouped.probed = code is not None and code in seen
     result = backward(grouped, losses(grouped.module), rule, groups)
-    if grouped.probed:
-        seen.add(getattr(losses, "__code__", None))
+    if grouped.probed and code is not None:
+        seen.add(code)
     return list(result.sums.values()), result.norms
 
 
@@ -97,6 +98,12 @@ def backward(
     rule = None if clipping is None else as_clipping(clipping)
     rows = _check_losses(losses, groups)
     check_units(rule, rows, groups, micro)
+    _check_trained(grouped)
+    if not rows:
+        grouped.tape.take(0, check=False)
+        floats, shapes = _floats(grouped), grouped.shapes()
+        sums = {name: floats.new_zeros((groups, *shape)) for name, shape in shapes.items()}
+        return ClippedSums(sums, floats.new_zeros(0 if micro is None else micro.count))
     if rows > 1 and losses.requires_grad and not grouped.probed:
         check_rows_apart(grouped.tape, list(grouped.parameters.values()), losses)
         grouped.probed = True
@@ -166,6 +173,18 @@ def _check_losses(losses: Tensor, groups: int) -> int:
     if groups < 1 or losses.shape[0] % groups:
         raise ValueError(f"{losses.shape[0]} rows do not divide into groups={groups}")
     return losses.shape[0]
+
+
+def _check_trained(grouped: Grouped) -> None:
+    """Raise where other parameters train by now than those that were tracked."""
+    known = {id(parameter) for parameter in grouped.parameters.values()}
+    for name, parameter in grouped.module.named_parameters():
+        if parameter.requires_grad != (id(parameter) in known):
+            change = "unfrozen" if parameter.requires_grad else "frozen"
+            raise UnsupportedLayer(
+                f"parameter {name!r} was {change} after the model had been prepared: set "
+                "requires_grad first, then build the optimizer anew"
+            )
 
 
 def _backward_pass(grouped: Grouped, losses: Tensor) -> None:

@@ -136,21 +136,33 @@ class Bag:
                                           self.share.unsqueeze(2)))
 
     def squared_norm(self) -> Tensor:
-        """|g|^2 times what the weights of equal words add up to, squared, summed over words."""
-        g, length = wide(self.g), self.index.shape[1]
-        own = (g * g).sum(1)
+        """|g|^2 times what the weights of equal words add up to, squared, summed over words.
+
+        Weights may cancel, and the released sum adds them up in another order: a rounding of all
+        of them is added, as in `sottovoce.privacy.norms`.
+        """
+        g = wide(self.g)
+        words, share = self._words(g), self.share
+        if share is not None:
+            terms = wide(share).abs().sum(1)
+            words = words.sqrt().add_(terms, alpha=torch.finfo(terms.dtype).eps).pow_(2)
+        return (g * g).sum(1) * words
+
+    def _words(self, g: Tensor) -> Tensor:
+        length = self.index.shape[1]
         if length <= PAIRED:
             same = self.index.unsqueeze(2) == self.index.unsqueeze(1)
             if self.share is None:
-                return own * (same.sum((1, 2)) / length**2)
-            share = wide(self.share)
-            return own * torch.einsum("rt,rts,rs->r", share, same.to(share.dtype), share)
+                return same.sum((1, 2)).to(g.dtype) / length**2
+            share = wide(self.share)  # those of equal words added up before they are squared
+            each = torch.einsum("rts,rs->rt", same.to(share.dtype), share)
+            return (each * each / same.sum(2)).sum(1)
         ordered, order = self.index.sort(1)
         rank = torch.zeros_like(ordered)
         rank[:, 1:] = (ordered[:, 1:] != ordered[:, :-1]).cumsum(1)
         share = (g.new_full(rank.shape, 1 / length) if self.share is None
                  else wide(self.share).gather(1, order))
-        return own * torch.zeros_like(share).scatter_add_(1, rank, share).pow_(2).sum(1)
+        return torch.zeros_like(share).scatter_add_(1, rank, share).pow_(2).sum(1)
 
     def scaled_sum(self, scale: Tensor, shape: torch.Size, groups: int) -> Tensor:
         if groups > 1 or self.share is not None:

@@ -121,6 +121,7 @@ def _swap(model: nn.Module, devices: int | None) -> Grouped:
     names = {id(memo[key]): name for key, name in by_id.items()}
     module = _replace(copy.deepcopy(model, memo), tape, names, devices)
     module.register_forward_pre_hook(partial(_note_rows, tape), with_kwargs=True)
+    module.register_forward_hook(partial(_pass_over, tape), always_call=True)
     return Grouped(module, tape, parameters, devices)
 
 
@@ -191,6 +192,7 @@ def _note_rows(tape: Tape, module: nn.Module, args: Any, kwargs: dict[str, Any])
 
     Named inputs of `transformers` come first: position ids may have one row for all.
     """
+    tape.inside += 1
     if args and isinstance(args[0], Tensor):
         tape.rows = args[0].shape[0] if args[0].dim() else None
         return
@@ -199,6 +201,10 @@ def _note_rows(tape: Tape, module: nn.Module, args: Any, kwargs: dict[str, Any])
     flat = [v for value in values for v in (value.values() if isinstance(value, dict) else [value])]
     first = next((value for value in flat if isinstance(value, Tensor) and value.dim()), None)
     tape.rows = None if first is None else first.shape[0]
+
+
+def _pass_over(tape: Tape, module: nn.Module, args: Any, result: Any) -> None:
+    tape.inside -= 1
 
 
 def _refuse_unknown(model: nn.Module) -> None:
@@ -215,13 +221,7 @@ def _refuse_unknown(model: nn.Module) -> None:
     }
     for path, module in model.named_modules():
         label = f"{path or 'the model itself'} ({type(module).__name__})"
-        if isinstance(module, nn.modules.batchnorm._NormBase) and not isinstance(
-            module, nn.modules.instancenorm._InstanceNorm
-        ):
-            raise UnsupportedLayer(
-                f"{label} mixes the rows of a batch, which voids per-example privacy: replace it "
-                "by GroupNorm or LayerNorm"
-            )
+        _refuse_statistics(module, label)
         if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
             _refuse_sequence_first(module, label)
         own = [p for p in module.parameters(recurse=False) if p.requires_grad]
@@ -235,6 +235,22 @@ def _refuse_unknown(model: nn.Module) -> None:
             raise UnsupportedLayer(
                 f"{label} has hooks, which a tracked leaf would skip: remove them"
             )
+
+
+def _refuse_statistics(module: nn.Module, label: str) -> None:
+    """Raise UnsupportedLayer for a norm that mixes rows, or keeps what it saw of them unnoised."""
+    if not isinstance(module, nn.modules.batchnorm._NormBase):
+        return
+    if not isinstance(module, nn.modules.instancenorm._InstanceNorm):
+        raise UnsupportedLayer(
+            f"{label} mixes the rows of a batch, which voids per-example privacy: replace it "
+            "by GroupNorm or LayerNorm"
+        )
+    if module.track_running_stats:
+        raise UnsupportedLayer(
+            f"{label} keeps running means of the batches, which the model would publish without "
+            "noise: build it with track_running_stats=False"
+        )
 
 
 def _refuse_sequence_first(

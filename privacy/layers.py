@@ -172,11 +172,11 @@ class TrackedEmbedding(Leaf):
         self.for_all = False
 
     def forward(self, index: Tensor) -> Tensor:
-        rows = self.tape.rows or 1
-        if index.dim() == 1 and (self.for_all or index.shape[0] != rows):
+        rows = self.tape.rows_now
+        if index.dim() == 1 and (self.for_all or index.shape[0] != (rows or index.shape[0])):
             self.for_all = True  # and so they are when a batch happens to have as many rows
             index = index.unsqueeze(0)
-        if index.shape[0] == 1 and rows > 1:
+        if index.dim() and index.shape[0] == 1 and rows is not None and rows > 1:
             index = index.expand(rows, *index.shape[1:])
         self.tape.see(index.shape[0])
         flat = index.reshape(index.shape[0], math.prod(index.shape[1:]))

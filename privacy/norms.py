@@ -6,12 +6,17 @@ arXiv:2110.05679, section 4). Where T is long the gradient is built, a few rows 
 Neither takes more than `MEMORY_BOUND` bytes at once, whatever the batch and the length.
 
 The terms of a Gram product may cancel, and rounding grows with the terms, not with what is left of
-them. So every such norm is raised by `rounding` times a bound on the terms: never too small.
+them. A dot product of n numbers may be off by n roundings (Higham 2002, section 3.1), all one way
+where its terms are alike. So Gram products are taken in float64 on a CPU, a cacheful at a time; on
+a GPU, where that is slow, in float32 from short stretches. Every such norm is raised by a bound on
+what it may lack (`slack`), and where that is more than `LOOSE` of it the row's gradient is built
+after all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from typing import Protocol, cast
 
 import torch
@@ -22,9 +27,25 @@ from sottovoce.privacy.factors import PAIRED, Dense, Direct, Factor, OneHot, Sum
 MEMORY_BOUND = 64 << 20  # bytes that a norm may take for itself
 
 
-def rounding(tensor: Tensor) -> float:
-    """Distance from 1 to the next number of the tensor's precision: covers all cases searched."""
-    return torch.finfo(tensor.dtype).eps
+LOOSE = 1e-2  # of a squared norm, that rounding may hide before the gradient is built
+STRETCH = 64  # numbers that a float32 dot product adds up in one go
+CACHEFUL = 1 << 17  # numbers that are turned into float64 at once
+
+
+def slack(tensor: Tensor, *lengths: int) -> float:
+    """Relative error of sums of `lengths` terms, all of whose roundings go one way: half a
+    rounding, itself half of eps, for each term on the average.
+    """
+    return torch.finfo(tensor.dtype).eps / 4 * (sum(lengths) + 8)
+
+
+def _stretch(width: int) -> int:
+    return max(STRETCH, math.isqrt(width))
+
+
+def _additions(width: int) -> int:
+    """The longest chain of additions in a dot product of `width` numbers."""
+    return min(width, _stretch(width)) + width // _stretch(width)
 
 
 class Measured(Protocol):
@@ -36,13 +57,31 @@ class Measured(Protocol):
 
 
 class Gram:
-    """The products (rows, T, T) of a tensor's positions with each other, and their traces."""
+    """The products (rows, T, T) of a tensor's positions with each other, and their lengths."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor  # kept alive, so that no other takes its id
-        values = wide(tensor)
-        self.products = torch.bmm(values, values.transpose(1, 2))
-        self.trace = self.products.diagonal(dim1=1, dim2=2).sum(1)
+        exact = tensor.device.type == "cpu"
+        self.products = _exact_products(tensor) if exact else _products(wide(tensor))
+        self.additions = _additions(tensor.shape[2])
+        self.lengths = self.products.diagonal(dim1=1, dim2=2).clamp_min(0.0).sqrt()  # (rows, T)
+
+
+def _exact_products(tensor: Tensor) -> Tensor:
+    rows, length, width = tensor.shape
+    products = tensor.new_empty((rows, length, length), dtype=torch.float64)
+    for some in _parts(rows, CACHEFUL // max(1, length * width)):
+        values = tensor[some].double()
+        torch.bmm(values, values.transpose(1, 2), out=products[some])
+    return products
+
+
+def _products(tensor: Tensor) -> Tensor:
+    parts = [tensor[:, :, some] for some in _parts(tensor.shape[2], _stretch(tensor.shape[2]))]
+    products = torch.bmm(parts[0], parts[0].transpose(1, 2))
+    for part in parts[1:]:
+        products += torch.bmm(part, part.transpose(1, 2))
+    return products
 
 
 class Memo:
@@ -87,7 +126,23 @@ def squared_norms(factors: list[Factor], memo: Memo) -> Tensor:
         return _own_norm(joined(tables), memo)
     left, right = joined(dense), joined(tables)
     total = _own_norm(left, memo) + _own_norm(right, memo) + 2 * _cross_term(left, right)
-    return total.clamp_min_(0.0)
+    terms = _lengths(left.x).mul_(_lengths(left.g)).sum(1) * _lengths(right.g).sum(1)
+    return total.add_(terms, alpha=2 * slack(total, left.x.shape[2])).clamp_min_(0.0)
+
+
+def _lengths(tensor: Tensor) -> Tensor:
+    """(rows, T) L2 norm of each position of (rows, T, D)."""
+    lengths: Tensor = torch.linalg.vector_norm(wide(tensor), dim=2)
+    return lengths
+
+
+def _raised(squares: Tensor, terms: Tensor) -> Tensor:
+    """Squared norms (rows,) of gradients that were built from terms whose norms add up to `terms`.
+
+    The sum that is released adds the same terms in another order: each side may be off by about
+    half a rounding of all of them, which tells only where nearly nothing is left of them.
+    """
+    return squares.sqrt().add_(terms, alpha=torch.finfo(terms.dtype).eps).pow_(2)
 
 
 def _own_norm(factor: Factor, memo: Memo) -> Tensor:
@@ -111,9 +166,15 @@ def _summed_norm(factor: Summed, memo: Memo) -> Tensor:
         return memo.squared(factor.g)
     gram = memo.known(factor.g)
     if gram is None:
-        return wide(factor.g).sum(1).pow(2).sum(1)
-    slack = rounding(gram.trace) * factor.g.shape[1]
-    return gram.products.sum((1, 2)).add_(gram.trace, alpha=slack).clamp_min_(0.0)
+        return _added_norm(wide(factor.g))
+    added, g = gram.lengths.sum(1), wide(factor.g)
+    lack = slack(gram.products, gram.additions) * added.pow(2)
+    terms = gram.products.sum((1, 2))
+    return _safe(terms, lack, added, lambda some: _added_norm(g[some]), g.dtype)
+
+
+def _added_norm(g: Tensor) -> Tensor:
+    return _raised(g.sum(1).pow_(2).sum(1), _lengths(g).sum(1))
 
 
 def _dense_norm(factor: Dense, memo: Memo) -> Tensor:
@@ -123,7 +184,7 @@ def _dense_norm(factor: Dense, memo: Memo) -> Tensor:
         return memo.squared(factor.x) * memo.squared(factor.g)
     if length * (width + out) > width * out or 8 * length * length > MEMORY_BOUND:
         return _built_norm(wide(factor.x), wide(factor.g))
-    step = max(1, MEMORY_BOUND // (8 * length * length))
+    step = max(1, MEMORY_BOUND // max(1, 8 * length * length))
     if rows <= step:
         return _gram_norm(memo.gram(factor.x), memo.gram(factor.g))
     parts = [(factor.x[some], factor.g[some]) for some in _parts(rows, step)]
@@ -131,8 +192,30 @@ def _dense_norm(factor: Dense, memo: Memo) -> Tensor:
 
 
 def _gram_norm(x: Gram, g: Gram) -> Tensor:
-    terms = torch.einsum("rts,rts->r", x.products, g.products)
-    return terms.addcmul_(x.trace, g.trace, value=rounding(terms)).clamp_min_(0.0)
+    """Terms are at most (sum_t |x_t| |g_t|)^2 together, and rounding a part of that."""
+    terms = (x.products * g.products).sum((1, 2))
+    added = (x.lengths * g.lengths).sum(1)
+    lack = slack(terms, x.additions, g.additions) * added.pow(2)
+    return _safe(
+        terms, lack, added, lambda some: _built_norm(wide(x.tensor[some]), wide(g.tensor[some])),
+        wide(x.tensor[:0]).dtype,
+    )
+
+
+def _safe(
+    terms: Tensor, lack: Tensor, added: Tensor, built: Callable[[Tensor], Tensor],
+    dtype: torch.dtype,
+) -> Tensor:
+    """Squared norms (rows,), `lack` added; those of rows where it is too much, from `built`.
+
+    `added`: what the norms of the terms of the gradient add up to (see `_raised`).
+    """
+    loose = lack > LOOSE * terms
+    terms = _raised((terms + lack).clamp_min(0.0).to(dtype), added.to(dtype))
+    if bool(loose.any()):
+        some = loose.nonzero().squeeze(1)
+        terms[some] = built(some)
+    return terms
 
 
 def _built_norm(x: Tensor, g: Tensor) -> Tensor:
@@ -145,7 +228,7 @@ def _built_norm(x: Tensor, g: Tensor) -> Tensor:
         for some in _parts(rows, MEMORY_BOUND // size):
             built = torch.bmm(g[some, :, part].transpose(1, 2), x[some])
             total[some] += built.pow_(2).sum((1, 2))
-    return total
+    return _raised(total, _lengths(x).mul_(_lengths(g)).sum(1))
 
 
 def _table_norm(factor: OneHot) -> Tensor:
@@ -156,7 +239,7 @@ def _table_norm(factor: OneHot) -> Tensor:
         return g.pow(2).sum((1, 2))
     total = g.new_empty(rows)
     bytes_each = 12 * length * length if length <= PAIRED else 4 * g.shape[2] * length + 32 * length
-    for some in _parts(rows, MEMORY_BOUND // bytes_each):
+    for some in _parts(rows, MEMORY_BOUND // max(1, bytes_each)):
         norm = _paired_norm if length <= PAIRED else _sorted_norm
         total[some] = norm(index[some], g[some])
     return total
@@ -169,9 +252,13 @@ def _all_distinct(index: Tensor) -> bool:
 
 def _paired_norm(index: Tensor, g: Tensor) -> Tensor:
     same = index.unsqueeze(2) == index.unsqueeze(1)
-    gram = torch.bmm(g, g.transpose(1, 2)).mul_(same)
-    slack = rounding(g) * g.shape[1] * gram.diagonal(dim1=1, dim2=2).sum(1)
-    return gram.sum((1, 2)).add_(slack).clamp_min_(0.0)
+    gram = Gram(g)
+    lengths = gram.lengths
+    near = torch.einsum("rt,rts,rs->r", lengths, same.to(lengths.dtype), lengths)
+    terms = gram.products.mul_(same).sum((1, 2))
+    lack = slack(terms, gram.additions) * near
+    added = lengths.sum(1)
+    return _safe(terms, lack, added, lambda some: _sorted_norm(index[some], g[some]), g.dtype)
 
 
 def _sorted_norm(index: Tensor, g: Tensor) -> Tensor:
@@ -184,7 +271,7 @@ def _sorted_norm(index: Tensor, g: Tensor) -> Tensor:
     slot += torch.arange(rows, device=g.device).mul_(length).unsqueeze(1)
     small = g.new_zeros((rows * length, g.shape[2]))
     small.index_add_(0, slot.flatten(), g.flatten(0, 1))
-    return small.view(rows, -1).pow_(2).sum(1)
+    return _raised(small.view(rows, -1).pow_(2).sum(1), _lengths(g).sum(1))
 
 
 def _cross_term(dense: Dense, table: OneHot) -> Tensor:
@@ -195,8 +282,8 @@ def _cross_term(dense: Dense, table: OneHot) -> Tensor:
     rows, length = dense.g.shape[:2]
     other = table.index.shape[1]
     total = wide(dense.x).new_zeros(rows)
-    for part in _parts(length, MEMORY_BOUND // (8 * other)):
-        for some in _parts(rows, MEMORY_BOUND // (8 * other * (part.stop - part.start))):
+    for part in _parts(length, MEMORY_BOUND // max(1, 8 * other)):
+        for some in _parts(rows, MEMORY_BOUND // max(1, 8 * other * (part.stop - part.start))):
             x, g = wide(dense.x[some, part]), dense.g[some, part]
             index = table.index[some].unsqueeze(1).expand(-1, g.shape[1], -1)
             near = torch.bmm(x, wide(table.g[some]).transpose(1, 2))

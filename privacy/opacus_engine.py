@@ -121,23 +121,24 @@ def _check_rows_apart(grouped: OpacusGrouped, losses: Tensor) -> None:
 
     What Opacus noted in the forward pass is put back for the pass proper.
     """
-    loud = torch.tensor([row.bit_count() % 2 == 1 for row in range(len(losses))])
+    half = torch.tensor([row.bit_count() % 2 == 1 for row in range(len(losses))])
     modules = [m for m in grouped.module.modules() if "activations" in vars(m)]
     noted: list[list[Any]] = [list(cast(Any, m).activations) for m in modules]
     calls = {name: cast(Any, p)._forward_counter for name, p in grouped.inner.items()}
-    samples, _ = _pass(grouped, losses[loud.to(losses.device)], len(losses), retain=True)
-    for name, sample in samples.items():
-        if bool((_squares(_full(sample))[~loud] > 0).any()):
-            raise UnsupportedLayer(
-                f"{ENGINE}: parameter {name!r} gets gradients of one row from the loss of another: "
-                "the first dimension of every layer's input must be the rows, and nothing may mix "
-                "them"
-            )
-    _forget(grouped)
-    for module, activations in zip(modules, noted, strict=True):
-        cast(Any, module).activations = activations
-    for name, count in calls.items():
-        cast(Any, grouped.inner[name])._forward_counter = count
+    for loud in (half, ~half):
+        samples, _ = _pass(grouped, losses[loud.to(losses.device)], len(losses), retain=True)
+        for name, sample in samples.items():
+            if bool((_squares(_full(sample))[~loud] > 0).any()):
+                raise UnsupportedLayer(
+                    f"{ENGINE}: parameter {name!r} gets gradients of one row from the loss of "
+                    "another: the first dimension of every layer's input must be the rows, and "
+                    "nothing may mix them"
+                )
+        _forget(grouped)
+        for module, activations in zip(modules, noted, strict=True):
+            cast(Any, module).activations = list(activations)
+        for name, count in calls.items():
+            cast(Any, grouped.inner[name])._forward_counter = count
 
 
 def _sample_of(name: str, parameter: Any, rows: int) -> Tensor:

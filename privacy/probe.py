@@ -3,8 +3,8 @@
 Layers take the first dimension of their input for the rows. A model that puts time there is found
 out by its shape, except where a batch has as many rows as positions; and a model may mix rows by
 operations that no layer sees. Then the "gradient of row r" is not that of example r, and a clipped
-sum bounds nobody's influence. So the first backward pass with two rows or more is run once before,
-from about half of the losses: every factor of the other rows must be zero.
+sum bounds nobody's influence. So the first backward pass with two rows or more is run twice before,
+from about half of the losses and from the others: every factor of the rest must be zero.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ def check_rows_apart(tape: Tape, parameters: list[Tensor], losses: Tensor) -> No
     `losses`: (rows,), whose graph is kept for the pass proper. `parameters`: what is trained.
     """
     rows = losses.shape[0]
-    loud = torch.tensor([row.bit_count() % 2 == 1 for row in range(rows)], device=losses.device)
+    half = torch.tensor([row.bit_count() % 2 == 1 for row in range(rows)], device=losses.device)
     mixed: list[str] = []
+    loud = half
 
     @torch.no_grad()
     def listen(name: str, factor: Factor) -> None:
@@ -34,7 +35,10 @@ def check_rows_apart(tape: Tape, parameters: list[Tensor], losses: Tensor) -> No
 
     tape.listener = listen
     try:
-        torch.autograd.grad(losses[loud].sum(), parameters, allow_unused=True, retain_graph=True)
+        for loud in (half, ~half):
+            torch.autograd.grad(
+                losses[loud].sum(), parameters, allow_unused=True, retain_graph=True
+            )
     finally:
         tape.listener = None
     if mixed:

@@ -11,7 +11,9 @@ A *lane* is a direction, or a direction of one group of stacked weights: states 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
@@ -82,10 +84,22 @@ def fast_tanh(x: Tensor, out: Tensor) -> Tensor:
     return torch.mul(x, 2, out=out).sigmoid_().mul_(2).sub_(1)
 
 
+def in_full(method: Callable[..., Any]) -> Callable[..., Any]:
+    """`method` without autocast, whose products would not fit the states they are written to."""
+
+    @wraps(method)
+    def run(ctx: Any, first: Tensor, *rest: Any) -> Any:
+        with torch.autocast(first.device.type, enabled=False):
+            return method(ctx, first, *rest)
+
+    return run
+
+
 class _LSTMFunction(torch.autograd.Function):
     """One layer. Outputs: (rows, T, D H), last hidden states and last cells (D, rows, H)."""
 
     @staticmethod
+    @in_full
     def forward(
         ctx: Any, x: Tensor, h0: Tensor, c0: Tensor, names: list[str], leaf: Leaf, *params: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -108,6 +122,7 @@ class _LSTMFunction(torch.autograd.Function):
         return out.contiguous(), hidden[:, -1].reshape(ends), cells[:, -1].reshape(ends)
 
     @staticmethod
+    @in_full
     def backward(ctx: Any, *grads: Tensor) -> Any:
         x, gates, cells, hidden, squashed, *params = ctx.saved_tensors
         lanes, kinds = ctx.lanes, ctx.kinds
@@ -236,6 +251,7 @@ class TrackedLSTM(Leaf):
         kinds = KINDS if self.bias else KINDS[:2]
         names = [kind + suffix for suffix in suffixes for kind in kinds]
         params = [getattr(self, name) for name in names]
+        x, h0, c0 = (each.to(params[0].dtype) for each in (x, h0, c0))
         result: tuple[Tensor, Tensor, Tensor] = _LSTMFunction.apply(  # type: ignore[no-untyped-call]
             x, h0, c0, names, self, *params
         )

@@ -19,6 +19,7 @@ class Tape:
 
     def __init__(self) -> None:
         self.rows: int | None = None
+        self.inside = 0  # calls of the whole model that are under way
         self.listener: Callable[[str, Factor], None] | None = None
         self._row_seeds: Tensor | None = None
         self._calls = 0
@@ -40,6 +41,15 @@ class Tape:
         """The number of this dropout call since `row_seeds` was set."""
         self._calls += 1
         return self._calls - 1
+
+    @property
+    def rows_now(self) -> int | None:
+        """The rows of the forward pass under way; None outside of one, where `rows` may be stale.
+
+        A batch of one example called past the model's own forward, after a bigger one, must not
+        be taken for a row that stands for all: its copies would count that often.
+        """
+        return self.rows if self.inside else None
 
     def see(self, rows: int) -> None:
         """Note the number of rows of a forward pass (the largest first dimension seen)."""
