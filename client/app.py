@@ -10,7 +10,12 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from sottovoce.client.fleet import Fleet
-from sottovoce.client.messages import read_clip_norm, read_train_content, reply_content
+from sottovoce.client.messages import (
+    read_clip_norm,
+    read_levels,
+    read_train_content,
+    reply_content,
+)
 
 app = ClientApp()
 
@@ -21,7 +26,7 @@ def train(message: Message, context: Context) -> Message:
     parameters, devices, server_round, settings = read_train_content(message.content)
     fleet = fleet_of(settings, context)
     fleet.set_clip_norm(read_clip_norm(message.content))
-    reply = fleet.train(parameters, devices, server_round)
+    reply = fleet.train(parameters, devices, server_round, read_levels(message.content))
     return Message(reply_content(reply), reply_to=message)
 
 

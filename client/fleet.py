@@ -16,6 +16,7 @@ from torch import Tensor
 from sottovoce.client.batches import BatchPlan
 from sottovoce.client.errors import ConfigError
 from sottovoce.client.example_clipping import ExampleClipping as ExampleClipping
+from sottovoce.privacy.private_metrics import MetricBounds
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class LocalTraining:
 
     `learning_rate`: of a local step. `plan`: batches. `example`: per-example clipping and noise,
     or None. `update_clip_norm`: bound S on a device's signal, or None. `optimizer`: of the steps.
+    `metric_bounds`: to which devices cut their figures where those are noised, else None.
     """
 
     learning_rate: float
@@ -50,6 +52,7 @@ class LocalTraining:
     example: ExampleClipping | None
     update_clip_norm: float | None
     optimizer: DeviceOptimizer = DeviceOptimizer()
+    metric_bounds: MetricBounds | None = None
 
     def __post_init__(self) -> None:
         if not self.drag < 1:
@@ -124,7 +127,8 @@ class FleetReply:
 
     `sums`: summed clipped updates by parameter name. `devices_by_level`: devices in the sum.
     `dropped`: devices left out for a non-finite update. `totals`: sums over devices or rows, from
-    which the coordinator makes means: examples, loss, clipped_devices, clipped_examples, norm.
+    which the coordinator makes means: examples, loss, clipped_devices, clipped_examples, norm; or,
+    where metrics are private, the `bounded_figures` of devices alone.
     """
 
     sums: dict[str, Tensor]
@@ -155,6 +159,14 @@ class Fleet(ABC):
 
     @abstractmethod
     def train(
-        self, parameters: dict[str, Tensor], devices: NDArray[np.int64], server_round: int
+        self,
+        parameters: dict[str, Tensor],
+        devices: NDArray[np.int64],
+        server_round: int,
+        levels: NDArray[np.uint8] | None = None,
     ) -> FleetReply:
-        """Train `devices` from the global `parameters` and sum their clipped updates."""
+        """Train `devices` from the global `parameters` and sum their clipped updates.
+
+        `levels`: (devices,) what they reported, under which they are counted; None: their own.
+        Raises ConfigError for reports where local steps must follow the true level.
+        """

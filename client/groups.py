@@ -41,7 +41,8 @@ class LocalUpdates:
     """What K devices hand over, the embedding table in its cut-down form.
 
     `signal`: by name (K, *shape), the data-dependent part, already clipped. `noise`: the same
-    shapes, or None. `finite`: (K,) bool. `norms`: (K,) of the unclipped signal.
+    shapes, or None. `finite`: (K,) bool. `norms`: (K,) of the unclipped signal. `losses`: (K,) of
+    each device, summed over the examples it visited; `visits`: (K,) how many those were.
     """
 
     signal: dict[str, Tensor]
@@ -49,9 +50,17 @@ class LocalUpdates:
     finite: Tensor
     norms: Tensor
     clipped: Tensor
-    loss: float
-    examples: int
+    losses: Tensor
+    visits: Tensor
     clipped_examples: int
+
+    @property
+    def loss(self) -> float:
+        return float(self.losses.sum())
+
+    @property
+    def examples(self) -> int:
+        return int(self.visits.sum())
 
 
 @dataclass

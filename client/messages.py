@@ -25,18 +25,23 @@ def train_content(
     server_round: int,
     settings: str,
     clip_norm: float | None = None,
+    levels: NDArray[np.uint8] | None = None,
 ) -> RecordDict:
     """The coordinator's request of one fleet. `settings`: the run's, as YAML.
 
     `clip_norm`: bound on a device's signal in this round, in place of the settings'; None: theirs.
+    `levels`: (devices,) under which devices are to be counted; None: their own.
     """
     config = ConfigRecord({"round": server_round, "settings": settings})
     if clip_norm is not None:
         config["clip_norm"] = clip_norm
+    cohort = {"devices": Array(devices)}
+    if levels is not None:
+        cohort["levels"] = Array(levels)
     return RecordDict(
         {
             "parameters": parameters,
-            "cohort": ArrayRecord({"devices": Array(devices)}),
+            "cohort": ArrayRecord(cohort),
             "config": config,
         }
     )
@@ -60,6 +65,12 @@ def read_clip_norm(content: RecordDict) -> float | None:
     """The bound on a device's signal that a request sets for its round, None where it sets none."""
     found = content.config_records["config"].get("clip_norm")
     return None if found is None else float(found)  # type: ignore[arg-type]
+
+
+def read_levels(content: RecordDict) -> NDArray[np.uint8] | None:
+    """The levels under which a request counts its devices, None where it leaves that to them."""
+    found = content.array_records["cohort"].get("levels")
+    return None if found is None else found.numpy().astype(np.uint8)
 
 
 def reply_content(reply: FleetReply) -> RecordDict:

@@ -71,7 +71,7 @@ class GroupTrainer:
     ) -> LocalUpdates:
         """Local training of the group from the global `parameters`, in some round."""
         self._load(parameters, data)
-        tally = _Tally()
+        tally = _Tally(self.devices)
         training = self.training.at(server_round)
         weights = {name: stack.detach() for name, stack in self.grouped.parameters.items()}
         descent = LocalDescent(training, weights, data.steps, noised=noise.sums is not None)
@@ -88,7 +88,7 @@ class GroupTrainer:
         norms, finite = descent.finish()
         return LocalUpdates(
             descent.signal, descent.noise, finite, norms, descent.clipped,
-            tally.loss, tally.examples, tally.clipped,
+            tally.losses, tally.visits, tally.clipped,
         )
 
     def _load(self, parameters: dict[str, Tensor], data: GroupData) -> None:
@@ -184,14 +184,17 @@ class _Step:
 
 
 class _Tally:
-    """Running totals over the examples of a group."""
+    """Running totals over the examples of each of a group's devices, whose rows come in turn."""
 
-    def __init__(self) -> None:
-        self.loss, self.examples, self.clipped = 0.0, 0, 0
+    def __init__(self, devices: int) -> None:
+        self.losses = torch.zeros(devices, dtype=torch.float64)
+        self.visits = torch.zeros(devices, dtype=torch.int64)
+        self.clipped = 0
 
     def add(self, losses: Tensor, present: Tensor, clipped: int) -> None:
-        self.loss += float(torch.where(present, losses, 0.0).nan_to_num().sum())
-        self.examples += int(present.sum())
+        counted, devices = torch.where(present, losses, 0.0).nan_to_num(), len(self.visits)
+        self.losses += counted.double().reshape(devices, -1).sum(1)
+        self.visits += present.reshape(devices, -1).sum(1)
         self.clipped += clipped
 
 

@@ -25,6 +25,8 @@ Kind = Literal["poisson", "poisson_replace", "revealed", "fixed_size", "none", "
 
 LEAST_NOISE = 1e-3
 """Noise multipliers below this count as no noise: epsilon would be beyond 10^5."""
+MOST_NOISE = 1e100
+"""Noise multipliers above this count as this, whose square is still a number."""
 ALWAYS = 1 - 1e-9
 """A rate from here on counts as 1."""
 MAX_CLASSES = 20
@@ -69,8 +71,10 @@ class _Group:
 
     everywhere: Counter[_Source] = field(default_factory=Counter)
     by_level: dict[int, Counter[_Source]] = field(default_factory=dict)
+    rounds: set[int | None] = field(default_factory=set)
 
     def add(self, event: GaussianEvent | RandomisedReport) -> None:
+        self.rounds.add(event.round)
         if isinstance(event, RandomisedReport):
             noise = 1 / event.epsilon if event.epsilon else math.inf
             _count(self.everywhere, (_REPORT, event.relation, noise, 1.0), event.count)
@@ -88,7 +92,7 @@ class _Group:
 
     def copy(self) -> _Group:
         levels = {level: counts.copy() for level, counts in self.by_level.items()}
-        return _Group(self.everywhere.copy(), levels)
+        return _Group(self.everywhere.copy(), levels, self.rounds.copy())
 
 
 def _count(counts: Counter[_Source], source: _Source, count: int) -> None:
@@ -99,7 +103,7 @@ def _count(counts: Counter[_Source], source: _Source, count: int) -> None:
     """
     if source not in counts and len(counts) >= _MANY:
         sampling, relation, noise, rate = source
-        if noise > 0 and rate > 0:
+        if 0 < noise < math.inf and rate > 0:
             noise = min(noise, math.exp(_cell(noise, 0.002) * 0.002))
             rate = min(1.0, max(rate, math.exp((_cell(rate, 0.002) + 1) * 0.002)))
             source = (sampling, relation, noise, 1.0 if sampling == "none" else rate)
@@ -184,7 +188,9 @@ class Tally:
         """What a unit at `level` (None: at a level that no event lists) is subjected to.
 
         Of each purpose, those events count that were recorded for `observer` or, failing that, for
-        the next one who sees more: `observer` sees a function of what that one sees. What is
+        the next one who sees more: `observer` sees a function of what that one sees. Events of one
+        purpose are two views of one release only in the same numbered round; where those for
+        someone who sees more have another round, or none, they count as well. What is
         recorded only for one who sees less comes with no guarantee against `observer`, and a unit
         that no event protects has none at all: both are `NON_PRIVATE`.
 
@@ -197,13 +203,14 @@ class Tally:
         if self._is_exposed(unit, observer):
             return NON_PRIVATE
         purposes = {(p, g) for u, _, p, g in self._groups if u == unit and g in (None, group)}
-        nearest = [self._nearest(unit, *purpose, rank) for purpose in sorted(purposes, key=str)]
         counts: Counter[_Source] = Counter()
-        for found in nearest:
-            if found is None:
+        for purpose in sorted(purposes, key=str):
+            found = self._nearest(unit, *purpose, rank)
+            if not found:
                 return NON_PRIVATE
-            counts.update(found.at(level))
-        return _normalised(counts, self.relation(unit)) if nearest else NON_PRIVATE
+            for view in found:
+                counts.update(view.at(level))
+        return _normalised(counts, self.relation(unit)) if purposes else NON_PRIVATE
 
     def compositions(
         self, unit: str, observer: str, level: int | None = None
@@ -222,9 +229,23 @@ class Tally:
     def _is_exposed(self, unit: str, observer: str) -> bool:
         return any(u == unit and _rank(o) <= _rank(observer) for u, o in self._exposed)
 
-    def _nearest(self, unit: str, purpose: str, group: str | None, rank: int) -> _Group | None:
-        groups = (self._groups.get((unit, o, purpose, group)) for o in OBSERVERS[rank:])
-        return next((found for found in groups if found is not None), None)
+    def _nearest(self, unit: str, purpose: str, group: str | None, rank: int) -> list[_Group]:
+        """What was recorded of a purpose for whoever sees no less, releases seen twice once.
+
+        Empty where some release of it was recorded for one who sees less only.
+        """
+        views = [self._groups.get((unit, o, purpose, group)) for o in OBSERVERS]
+        less = [view for view in views[:rank] if view is not None]
+        found = [view for view in views[rank:] if view is not None]
+        if not less and len(found) == 1:
+            return found  # nothing was seen twice
+        kept: list[_Group] = []
+        covered: set[int | None] = set()
+        for view in found:
+            if not view.rounds <= covered:
+                kept.append(view)
+                covered |= view.rounds - {None}
+        return kept if all(view.rounds <= covered for view in less) else []
 
 
 def _rank(observer: str) -> int:
@@ -242,7 +263,7 @@ def _normalised(counts: Counter[_Source], relation: str) -> Composition:
     for (sampling, stated, noise, rate), count in counts.items():
         if count == 0 or rate == 0.0 or noise == math.inf:
             continue
-        step = _step(sampling, stated, noise, rate, replace_one)
+        step = _step(sampling, stated, min(noise, MOST_NOISE), rate, replace_one)
         if step.noise < LEAST_NOISE:
             return NON_PRIVATE
         if step.kind == "none":

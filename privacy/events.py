@@ -195,8 +195,10 @@ def event_from_json(fields: Mapping[str, Any]) -> Event:
     if kind not in _TYPES:
         raise ValueError(f"event type {kind!r} is unknown: use one of {', '.join(_TYPES)}")
     try:
+        if not isinstance(values.get("purpose", ""), str):
+            raise TypeError(f"purpose={values['purpose']!r} is no text")
         return _TYPES[kind](**values)
-    except TypeError as error:
+    except (TypeError, OverflowError) as error:
         raise ValueError(f"{kind} event is malformed: {error}") from error
 
 

@@ -154,7 +154,9 @@ class Ledger:
             if schema == chain.SCHEMA:
                 found._root = chain.digest(found._facts())
                 found._links = chain.verified(found._root, values["events"], values["head"])
-        except (KeyError, TypeError, AttributeError) as error:
+            elif "head" in values:
+                raise ValueError("schema 1 has no head: its schema was changed")
+        except (KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError(f"ledger lacks or garbles {error}") from error
         return found
 

@@ -23,6 +23,7 @@ Facts = dict[str, Any]
 FORMATS = ("table", "json", "statement")
 SOLVES = ("noise", "rounds", "cohort", "population")
 SWEEPS = ("max_rate", "uniform_mix")
+MOST = 10**12  # steps, devices
 OF_RUNS = {"run", "delta", "accountant", "unit", "observer", "format", "sweep", "values"}
 
 
@@ -175,8 +176,8 @@ def _check_numbers(config: AccountConfig) -> None:
             raise ConfigError(f"{name}={given[name]} must be in [0, 1]")
     for name in ("steps", "devices", "max_participations", "example_steps"):
         value = given[name]
-        if value is not None and not (math.isfinite(value) and int(value) == value and value >= 1):
-            raise ConfigError(f"{name}={value} must be a whole number of at least 1")
+        if value is not None and not (1 <= value <= MOST and int(value) == value):
+            raise ConfigError(f"{name}={value} must be a whole number from 1 to {MOST:g}")
     for name in ("noise_multiplier", "example_noise_multiplier"):
         if given[name] is not None and not (math.isfinite(given[name]) and given[name] >= 0):
             raise ConfigError(f"{name}={given[name]} must be finite and at least 0")

@@ -24,11 +24,17 @@ from sottovoce.server.account import AccountConfig, Facts, check_delta_for
 def of_plan(config: AccountConfig) -> Facts:
     """Facts of the plan, complete with what was to be found."""
     config = _with_rate(config)
-    solve = config.solve or ("noise" if config.noise_multiplier is None else None)
+    solve = config.solve or ("noise" if _open(config) else None)
     _check(config, solve)
-    if solve is not None and (solve != "noise" or config.target_epsilon is not None):
+    if solve is not None and (solve != "noise" or _open(config)):
         config = _solved(config, solve)
     return _facts(config) | ({} if config.solve is None else {"solve": config.solve})
+
+
+def _open(config: AccountConfig) -> bool:
+    """Whether some layer's noise is to be found."""
+    wanted = config.example_epsilon is not None and config.example_noise_multiplier is None
+    return config.noise_multiplier is None or wanted
 
 
 def _with_rate(config: AccountConfig) -> AccountConfig:
@@ -81,8 +87,22 @@ def _check_example(config: AccountConfig, solve: str | None) -> None:
     names = ("example_sampling_rate", "example_steps", "example_delta")
     given = [config.example_epsilon, config.example_noise_multiplier]
     if not any(getattr(config, name) is not None for name in names) and given == [None, None]:
+        if config.max_participations is not None:
+            raise ConfigError(
+                f"max_participations={config.max_participations} bounds steps on the device or a "
+                "schedule: give example_*, or min_separation (1: no rest), or drop it"
+            )
         return
     missing = [name for name in names if getattr(config, name) is None]
+    if config.unit == "example":
+        raise ConfigError(
+            "unit=example contradicts example_*, which are that unit's own layer: drop one"
+        )
+    if None not in given and solve != "rounds":
+        raise ConfigError(
+            "example_noise_multiplier and example_epsilon contradict each other: give one, or "
+            "solve=rounds"
+        )
     if given == [None, None]:
         missing.append("example_noise_multiplier (or example_epsilon)")
     if solve not in (None, "noise") and config.example_noise_multiplier is None:
@@ -122,7 +142,8 @@ def _solved(config: AccountConfig, solve: str) -> AccountConfig:
     if solve == "noise":
         open_ones = [layer for layer in (device, *examples) if layer.noise_multiplier is None]
         found = {layer.unit: layer for layer in calibrate_layers(open_ones, steps)}
-        config = replace(config, noise_multiplier=found[device.unit].noise_multiplier)
+        if device.unit in found:
+            config = replace(config, noise_multiplier=found[device.unit].noise_multiplier)
         if "example" in found and device.unit != "example":
             noise = found["example"].noise_multiplier
             config = replace(config, example_noise_multiplier=noise)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from sottovoce.client.errors import ConfigError
 from sottovoce.privacy.accountants import by_level, epsilon
+from sottovoce.privacy.correlated import PURPOSE
 from sottovoce.privacy.events import OBSERVERS, GaussianEvent
 from sottovoce.privacy.ledger import Ledger
 from sottovoce.server.account import AccountConfig, Facts, check_delta_for
@@ -132,7 +133,15 @@ def _delta(config: AccountConfig, ledger: Ledger, unit: str) -> float:
 
 
 def _what_was_run(ledger: Ledger, unit: str, level: int | None) -> Facts:
-    """Noise, rate and steps of the releases in which devices of `level` took part."""
+    """Noise, rate and steps of the releases in which devices of `level` took part.
+
+    Of correlated noise: as the run was set, and the rounds that it released.
+    """
+    planned = ledger.claims.get("correlated_noise") if unit == "device" else None
+    if planned:
+        steps = sum(isinstance(e, GaussianEvent) and e.purpose == PURPOSE for e in ledger)
+        noise = planned["noise_multiplier"]
+        return {"noise_multiplier": noise, "sampling_rate": 1.0, "steps": steps}
     found = []
     for event in ledger:
         if not isinstance(event, GaussianEvent) or event.unit != unit:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 from sottovoce.client.errors import ConfigError
 from sottovoce.privacy.calibration import calibrate_noise
+from sottovoce.privacy.composition import LEAST_NOISE
 from sottovoce.privacy.correlated import CorrelatedMechanism, zcdp_epsilon
 from sottovoce.privacy.optimised import make_factorisation
 from sottovoce.privacy.separation import Schedule
@@ -11,7 +14,11 @@ from sottovoce.server.account import AccountConfig, Facts
 from sottovoce.server.account_plan import by_accountant, leading
 
 MECHANISMS = ("independent", "tree", "banded", "bisr", "blt")
-NOT_USED = ("sampling_rate", "solve", "sweep", "example_steps", "devices", "cohort_size")
+NOT_USED = (
+    "sampling_rate", "solve", "sweep", "devices", "cohort_size", "levels", "preset", "values",
+    "max_rate", "example_steps", "example_sampling_rate", "example_delta", "example_epsilon",
+    "example_noise_multiplier",
+)
 
 
 def of_schedule(config: AccountConfig) -> Facts:
@@ -39,7 +46,7 @@ def of_schedule(config: AccountConfig) -> Facts:
     planned = CorrelatedMechanism(1.0, noise, factorisation, schedule)
     event = planned.event(1)
     found = by_accountant([event], config.delta, "device", "release", None)
-    rho = 0.5 * planned.worth**-2 if planned.worth else float("inf")
+    rho = 0.5 * planned.worth**-2 if planned.worth > LEAST_NOISE else math.inf
     return {
         "epsilon": leading(found, config.accountant),
         "delta": config.delta,
@@ -58,7 +65,7 @@ def of_schedule(config: AccountConfig) -> Facts:
             "squared_sensitivity": planned.sensitivity**2,
             "worth": planned.worth,
             "rho": rho,
-            "epsilon_by_zcdp": zcdp_epsilon(rho, config.delta) if planned.worth else rho,
+            "epsilon_by_zcdp": rho if math.isinf(rho) else zcdp_epsilon(rho, config.delta),
             "mean_error": noise * factorisation.mean_error(schedule) / planned.sensitivity,
         },
     }

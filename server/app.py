@@ -67,7 +67,8 @@ def run_on_flower(grid: Grid, overrides: Sequence[str], fleets: int) -> Outcome:
         outcome = start_new(grid, folder, config)
     else:
         refuse_repeated_releases(folder, config)
-        outcome = continue_run(grid, folder, progress=config.run.progress)
+        afresh = config.seed is None
+        outcome = continue_run(grid, folder, progress=config.run.progress, afresh=afresh)
     report = folder.resolve() / "report.html" if config.run.report else None
     console.print(final_table(outcome.summary, report))
     if outcome.reason:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,37 @@ class LedgerFile:
 
     def on_round(self, state: RunState, record: Record) -> None:
         state.ledger.save(self.folder / "ledger.json")
+
+
+@dataclass
+class RequestLog:
+    """requests.log beside the checkpoints: the number of each round, before its first message.
+
+    From then on fleets may have answered: whoever sees their sums has seen a release that the
+    ledger gets only with the round. Where a repeated round is not the same release once more, a
+    resume books what was asked for and lost (`NoisedSum.book_lost`).
+    """
+
+    folder: Path
+
+    @property
+    def path(self) -> Path:
+        return self.folder / "requests.log"
+
+    def on_request(self, number: int) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(f"{number}\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def after(self, last_round: int) -> list[int]:
+        """Rounds after `last_round` that were asked for, one entry for each time."""
+        lines = self.path.read_text(encoding="utf-8").split() if self.path.exists() else []
+        return sorted(number for number in map(int, lines) if number > last_round)
+
+    def forget(self) -> None:
+        """A run that has ended asks for nothing again."""
+        self.path.unlink(missing_ok=True)
 
 
 @dataclass

@@ -45,6 +45,9 @@ RELATIONS = {
 TOPPED_UP = (" The noise that devices add themselves is topped up to a public total, so that the "
              "noise on a sum does not tell who took part.")
 
+REPORTED = (" Its report of its activity level, by which it is sampled, is then one of a fixed "
+            "level.")
+
 
 @dataclass(frozen=True)
 class Fact:
@@ -157,7 +160,9 @@ def _facts(unit: str, observer: str, delta: float | None, summary: Record, ledge
     assumed = "replace_one" if fixed else "zero_out" if both else "add_remove"
     relation = (_first(unit, "relation", ledger)
                 or (assumed if unit == "device" else "add_remove"))
-    neighbours = RELATIONS.get(relation, relation).format(unit=unit)
+    reports = unit == "device" and setting(config, "strategy.level_epsilon") is not None
+    relation = "zero_out" if reports else relation
+    neighbours = RELATIONS.get(relation, relation).format(unit=unit) + (REPORTED if reports else "")
     if both and (unit, relation) == ("device", "add_remove"):
         neighbours += TOPPED_UP
     return (
@@ -256,6 +261,12 @@ def _noise_text(unit: str, ledger: Record, config: Record) -> str:
                 "sum, and the noised count of unclipped devices by which the clip norm moves from "
                 f"{clip or 0:g} on (clip_norm of each round in metrics.jsonl). The sum's own noise "
                 "is a little larger.")
+    measured = setting(ledger, "claims.private_metrics") if unit == "device" else None
+    if measured:
+        return (f"{multipliers[0] if multipliers else 0:.4g}, of a round as a whole: the noised "
+                f"sum, clip norm {clip or 0:g}, and the noised training figures of the same "
+                f"devices, which have {measured['noise_multiplier']:.4g}. The sum's own noise is a "
+                "little larger.")
     span = " to ".join(dict.fromkeys(f"{m:.4g}" for m in multipliers[:1] + multipliers[-1:]))
     norm = "" if clip is None else f", clip norm {clip:g}"
     return f"{span or 'not stated'}{norm}. {_deviation_text(unit, config)}"

@@ -79,6 +79,10 @@ class FedAvgConfig:
     by `device_optimizer`: sgd (with `momentum`) or adam (DP-AdamBC, with `device_beta1`,
     `device_beta2`; `device_eps_floor: null` is the variance of a step's noise). `proximal` pulls
     its weights towards the global ones (FedProx), `weight_decay` towards zero.
+
+    `level_epsilon`: every device reports its activity level once, by randomised response of that
+    local epsilon, and is sampled by its report; null: by its own level, which is taken as public
+    to the coordinator.
     """
 
     name: str = "fedavg"
@@ -89,6 +93,7 @@ class FedAvgConfig:
     uniform_mix: float = 0.0
     max_rate: float | None = None
     total_weight: float | None = None
+    level_epsilon: float | None = None
     learning_rate: float = 0.5
     batch_size: int = 8
     local_epochs: int = 1
@@ -137,6 +142,11 @@ class DevicePrivacyConfig(UnitPrivacyConfig):
     draw, and `mechanism` says how noise is spread over rounds: independent; tree; banded, with
     `bands` (null: up to 32); bisr, with `bands` of the inverse; blt, with `bands` buffers.
     `noise_multiplier` is then that of the noise before it is correlated.
+
+    `private_metrics`: training metrics of a round get noise of their own under the sample of its
+    sum, `metrics_noise_multiplier` for all of them together (null: a hundredth of the cohort on
+    each, and at least 4 noise multipliers), the sum a little more, so that the round costs what it
+    did. Devices cut the mean loss they state to `metrics_loss_bound`.
     """
 
     clipping: str = "fixed"
@@ -147,6 +157,9 @@ class DevicePrivacyConfig(UnitPrivacyConfig):
     min_separation: int | None = None
     max_participations: int | None = None
     bands: int | None = None
+    private_metrics: bool = False
+    metrics_noise_multiplier: float | None = None
+    metrics_loss_bound: float = 10.0
 
 
 @dataclass

@@ -50,6 +50,7 @@ class Coordinator:
     """Runs a strategy over a grid, from a state onwards; the last state is always evaluated.
 
     `budget` gives the epsilon so far for the records, and the reason not to run another round.
+    `on_request` is told a round's number before its first message leaves.
     """
 
     strategy: NoisedSum
@@ -57,6 +58,7 @@ class Coordinator:
     budget: Budget
     plan: Plan
     callbacks: Iterable[Callback] = ()
+    on_request: Callable[[int], None] | None = None
 
     def run(self, grid: Grid, state: RunState) -> tuple[RunState, str | None]:
         """Rounds from `state` on; the last state, and why it ended early (None if it did not)."""
@@ -75,6 +77,8 @@ class Coordinator:
         number = state.round + 1
         arrays = to_record(state.parameters)
         messages = self.strategy.configure_train(number, arrays, ConfigRecord(), grid)
+        if self.on_request is not None:
+            self.on_request(number)
         replies = list(grid.send_and_receive(messages)) if messages else []
         record_arrays, metrics = self.strategy.aggregate_train(number, replies)
         after = RunState(
@@ -86,8 +90,9 @@ class Coordinator:
             ledger=self.strategy.ledger,
         )
         record: Record = {"round": number, **dict(metrics)}
-        levels = zip(record.pop("levels"), record.pop("devices_by_level"), strict=True)
-        record["devices_by_level"] = {str(level): count for level, count in levels}
+        if "levels" in record:
+            levels = zip(record.pop("levels"), record.pop("devices_by_level"), strict=True)
+            record["devices_by_level"] = {str(level): count for level, count in levels}
         record |= self.budget.spent(self.strategy.ledger)
         record["seconds"] = time.perf_counter() - began
         last = number == self.plan.rounds or self.budget.exceeded_by(self.strategy) is not None

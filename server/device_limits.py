@@ -5,6 +5,7 @@ from __future__ import annotations
 from omegaconf import DictConfig
 
 from sottovoce.client.errors import ConfigError
+from sottovoce.server.metrics_setup import check_private_metrics
 
 HERE = "privacy.device"
 
@@ -18,6 +19,7 @@ def check_device_layer(cfg: DictConfig) -> None:
     if not device.enabled:
         _check_unused(cfg)
     _check_schedule(cfg)
+    check_private_metrics(cfg)
     if device.get("clipping") == "adaptive":
         _check_adaptive(cfg)
     elif device.get("count_noise") is not None:
@@ -61,6 +63,14 @@ def _check_schedule(cfg: DictConfig) -> None:
         )
     if bands is not None:
         _check_bands(kind, bands, apart, cfg.rounds)
+    for key in ("max_rate", "total_weight"):
+        value = cfg.strategy.get(key)
+        capless = key == "max_rate" and value == 1  # a cap that caps nothing
+        if apart is not None and value is not None and not capless:
+            raise ConfigError(
+                f"strategy.{key}={value:g} sets sampling rates, of which {HERE}.min_separation "
+                "claims none: set it to null"
+            )
 
 
 def _check_bands(kind: str, bands: int, apart: int | None, rounds: int) -> None:

@@ -45,8 +45,14 @@ METHODS = {
     "rdp": "Renyi differential privacy",
     "prv": "privacy loss random variables (upper bound): a cross-check, not a reference",
 }
+EXACT = "metrics and training figures, which are computed from private data without noise"
+HELD_OUT = ("figures measured on held-out devices, which never train, and what the run says of its "
+            "population: both without noise")
+LEVELS_PUBLIC = (
+    "Activity levels, the powers of two that devices report, are taken as public: an example is "
+    "protected as long as its device's level stays the same without it. "
+)
 OUTSIDE = (
-    "metrics and training figures, which are computed from private data without noise",
     "tuning: earlier runs on the same data",
     "side channels: timing, floating-point rounding of noise, compromised devices",
     "what many devices or examples have in common: that may be learned by design",
@@ -72,7 +78,9 @@ def disclosure(
         "guarantees": guarantees,
         "table": table,
         "covered": _covered(ledger),
-        "not_covered": [*_bare(ledger), *OUTSIDE],
+        "not_covered": [
+            *_bare(ledger), HELD_OUT if "private_metrics" in ledger.claims else EXACT, *OUTSIDE
+        ],
         "tuning": _tuning(ledger),
         "noise": str(ledger.claims.get("noise", "its source is not recorded")),
         "projection": bool(ledger.claims.get("projection", False)),
@@ -138,6 +146,7 @@ def _guarantee(ledger: Ledger, row: Facts, accountant: str, devices: int) -> Fac
         "trust": SETTINGS[observer],
         "delta_text": _delta_text(delta, devices),
         "mechanisms": _mechanisms(ledger, unit),
+        "schedule": _schedule(ledger) if unit == "device" else None,
         "levels": len(by_level(ledger, delta, unit, observer, accountant)),
     }
 
@@ -151,6 +160,13 @@ def _delta_text(delta: float, devices: int) -> str:
                 "be published outright")
     return (f"NOT below 1/devices = {small_text(share)}: a mechanism that publishes one device's "
             "data would pass")
+
+
+def _schedule(ledger: Ledger) -> Facts | None:
+    """What a claim without sampling rests on, None where it rests on none."""
+    planned = ledger.claims.get("correlated_noise")
+    names = ("rounds", "min_separation", "max_participations", "sensitivity")
+    return {name: planned[name] for name in names} if planned else None
 
 
 def _mechanisms(ledger: Ledger, unit: str) -> list[Facts]:
@@ -200,7 +216,21 @@ def _sentences(made: Facts, facts: Facts) -> str:
         f"{small_text(made['delta'])}) differential privacy under the {relation} relation, "
         f"against whoever {made['observer_text']} ({observer}){levels}. Trust: {made['trust']}. "
         f"{' '.join(_mechanism_text(kind) for kind in made['mechanisms'])} "
+        f"{_schedule_text(made['schedule'])}{LEVELS_PUBLIC if unit == 'example' else ''}"
         f"δ is {made['delta_text']}."
+    )
+
+
+def _schedule_text(schedule: Facts | None) -> str:
+    if schedule is None:
+        return ""
+    times, apart = schedule["max_participations"], schedule["min_separation"]
+    rests = f", at least {apart} rounds apart" if times > 1 and apart > 1 else ""
+    return (
+        "All rounds together are that one release, paid for in full from the first round on. It "
+        f"rests on a schedule that the coordinator enforces: no device takes part more than "
+        f"{'once' if times == 1 else f'{times} times'}{rests}, in {schedule['rounds']} rounds; "
+        "activity levels, by which devices may be preferred, are taken as public. "
     )
 
 

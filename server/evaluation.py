@@ -17,18 +17,26 @@ class Evaluator:
 
     Where a population has no held-out devices, the held-out examples lead, without suffix. The
     examples are gathered once; `devices` bounds how many devices, and `examples` how many examples.
+    `private`: nothing is measured on examples of devices that train.
     """
 
     def __init__(
-        self, population: Population, task: Task, model: nn.Module, *, devices: int, examples: int
+        self, population: Population, task: Task, model: nn.Module, *, devices: int, examples: int,
+        private: bool = False,
     ) -> None:
         self.task, self.model = task, model
         self.sets: dict[str, Examples] = {}
         if population.held_out:
             self.sets[""] = population.held_out_devices(devices)
-        others = population.held_out_examples(examples)
+        others = None if private else population.held_out_examples(examples)
         if others is not None and len(others):
             self.sets[SUFFIX if self.sets else ""] = others
+        if not self.sets and private:
+            raise DataError(
+                f"population {population.name!r} has no held-out devices, and with "
+                "privacy.device.private_metrics=true no others are evaluated on: set "
+                "population.held_out_devices or held_out_fraction, as it has them"
+            )
         if not self.sets:
             raise DataError(
                 f"population {population.name!r} has nothing to evaluate on: set "

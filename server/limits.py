@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from sottovoce.client.errors import ConfigError
 from sottovoce.server.device_limits import check_device_layer
+from sottovoce.server.report_limits import check_level_reports
 
 LARGE_STEP = 0.005  # of an adaptive optimiser on weights that were pretrained
 
@@ -25,6 +26,7 @@ AT_LEAST_2: Limit = ("at least 2", lambda value: value >= 2)
 SHARE: Limit = ("from 0 to 1", lambda value: 0 <= value <= 1)
 RATE: Limit = ("above 0 and at most 1", lambda value: 0 < value <= 1)
 DECAY: Limit = ("at least 0 and below 1", lambda value: 0 <= value < 1)
+LOCAL: Limit = ("above 0 and at most 20", lambda value: 0 < value <= 20)
 INSIDE: Limit = ("between 0 and 1", lambda value: 0 < value < 1)
 
 LIMITS: dict[str, Limit] = {
@@ -51,6 +53,7 @@ LIMITS: dict[str, Limit] = {
     "strategy.uniform_mix": SHARE,
     "strategy.max_rate": RATE,
     "strategy.total_weight": POSITIVE,
+    "strategy.level_epsilon": LOCAL,
     "strategy.learning_rate": POSITIVE,
     "strategy.batch_size": AT_LEAST_1,
     "strategy.local_epochs": AT_LEAST_1,
@@ -81,6 +84,8 @@ LIMITS: dict[str, Limit] = {
         "noise_decay": RATE,
         "min_separation": AT_LEAST_1,
         "bands": AT_LEAST_1,
+        "metrics_noise_multiplier": POSITIVE,
+        "metrics_loss_bound": POSITIVE,
     }.items()
 }
 
@@ -117,6 +122,7 @@ def validate(cfg: DictConfig) -> list[str]:
         _check_privacy(cfg, unit)
     _check_modes(cfg)
     check_device_layer(cfg)
+    check_level_reports(cfg)
     return list(_warnings(cfg))
 
 

@@ -15,7 +15,7 @@ from sottovoce.client.errors import ConfigError
 from sottovoce.privacy.adaptive import AdaptiveMechanism
 from sottovoce.privacy.calibration import calibrate_noise
 from sottovoce.privacy.correlated import CorrelatedMechanism, from_claims
-from sottovoce.privacy.events import GaussianEvent
+from sottovoce.privacy.events import Event
 from sottovoce.privacy.noise import NoiseSource
 from sottovoce.privacy.optimised import make_factorisation
 from sottovoce.privacy.quantile import QuantileClip, default_count_noise
@@ -68,7 +68,7 @@ def correlated_mechanism(
     config: DictConfig,
     schedule: Schedule,
     delta: float,
-    spent: Sequence[GaussianEvent],
+    spent: Sequence[Event],
     claims: Mapping[str, Any] | None,
 ) -> CorrelatedMechanism:
     """The mechanism of a schedule, its noise found for the target epsilon if one is set.

@@ -14,13 +14,16 @@ from sottovoce.client.fleet import LocalTraining
 from sottovoce.client.models.hub_files import checked_folder
 from sottovoce.privacy.calibration import calibrate_noise
 from sottovoce.privacy.correlated import CorrelatedMechanism
-from sottovoce.privacy.events import GaussianEvent, NonPrivateRelease, Unit
+from sottovoce.privacy.events import NonPrivateRelease, Unit
 from sottovoce.privacy.ledger import Ledger
 from sottovoce.privacy.mechanisms import DeviceMechanism, variance_bound
 from sottovoce.privacy.noise import NoiseSource
+from sottovoce.privacy.private_metrics import PrivateMetrics
 from sottovoce.server.budget import RunBudget
 from sottovoce.server.checkpoints import RunState
 from sottovoce.server.limits import validate
+from sottovoce.server.metrics_setup import CLAIM as MEASURED
+from sottovoce.server.metrics_setup import private_metrics
 from sottovoce.server.schedule_setup import (
     CLAIM,
     adaptive_mechanism,
@@ -63,7 +66,9 @@ def make_setup(
     deltas = public_deltas(config, len(population))
     ledger = state.ledger if state and state.round else new_ledger(config, sampler, deltas)
     claims = state.ledger.claims.get(CLAIM) if state else None
-    mechanism = device_mechanism(experiment, sampler, deltas, claims)
+    mechanism, figures = device_mechanism(experiment, sampler, deltas, claims)
+    if figures is not None:
+        ledger.claims.setdefault(MEASURED, figures.claims())
     if isinstance(mechanism, CorrelatedMechanism):
         ledger.claims.setdefault(CLAIM, mechanism.claims())
     optimizer = make_server_optimizer(
@@ -80,7 +85,7 @@ def make_setup(
     strategy = NoisedSum(
         sampler=sampler, activity=population.activity, optimizer=optimizer, mechanism=mechanism,
         training=experiment.training, ledger=ledger, participation=participation, source=source,
-        settings=settings,
+        settings=settings, private_metrics=figures,
     )
     limits = {
         unit: config.privacy[unit].max_epsilon for unit in deltas if config.privacy[unit].enabled
@@ -112,21 +117,24 @@ def device_mechanism(
     sampler: Sampler,
     deltas: Mapping[str, float],
     claims: Mapping[str, Any] | None = None,
-) -> Mechanism | None:
-    """The central mechanism, its noise found for the target epsilon if one is set.
+) -> tuple[Mechanism | None, PrivateMetrics | None]:
+    """The central mechanism, its noise found for the target epsilon if one is set, and what noises
+    training metrics where they are private: the two share a round's noise multiplier.
 
     `claims`: what the ledger of the run to continue says of correlated noise.
     """
     privacy, rounds = experiment.config.privacy.device, experiment.config.rounds
     if not privacy.enabled:
-        return None
+        return None, None
     noise = privacy.noise_multiplier
     if noise is None and privacy.epsilon is None:
         raise ConfigError("privacy.device needs noise_multiplier or epsilon: set one of them")
-    spent = [event for event in sampler.events if isinstance(event, GaussianEvent)]
+    spent = sampler.events
     schedule = schedule_of(experiment.config)
     if schedule is not None:
-        return correlated_mechanism(experiment.config, schedule, deltas["device"], spent, claims)
+        return correlated_mechanism(
+            experiment.config, schedule, deltas["device"], spent, claims
+        ), None
     if noise is None:
         fixed = sampler.sampling == "fixed_size"
         noise = calibrate_noise(
@@ -137,11 +145,14 @@ def device_mechanism(
             relation="replace_one" if fixed else "add_remove",
             spent=spent,
         )
+    expected = sampler.expected_cohort_size
+    bounds = experiment.training.metric_bounds
+    figures = private_metrics(experiment.config, bounds, noise, expected)
+    noise = noise if figures is None else figures.rest
     if privacy.get("clipping") == "adaptive":
-        return adaptive_mechanism(experiment.config, noise, sampler.expected_cohort_size)
-    return DeviceMechanism(
-        privacy.clip_norm, noise, local_noise_bound(experiment.training, sampler)
-    )
+        return adaptive_mechanism(experiment.config, noise, expected), figures
+    bound = local_noise_bound(experiment.training, sampler)
+    return DeviceMechanism(privacy.clip_norm, noise, bound), figures
 
 
 def local_noise_bound(training: LocalTraining, sampler: Sampler) -> float:

@@ -89,6 +89,13 @@ def _covered(summary: Record, config: Record) -> tuple[str, ...]:
     span = f"all {count_text(rounds)} rounds" if rounds else "all rounds"
     covered = [f"Every global model released in {span}, the last one included, and anything "
                "computed from them."]
+    if setting(config, "privacy.device.private_metrics"):
+        covered.append("Training figures of every round (devices, examples, training loss, clipped "
+                       "fraction, mean norm): noised, each device's part cut to a public bound.")
+    local = number(setting(config, "strategy.level_epsilon"))
+    if local is not None:
+        covered.append("Activity levels: every device reports its own once, by randomised response "
+                       f"(ε = {epsilon_text(local)}), and is sampled and counted by its report.")
     source = vocabulary_source(summary, config)
     if source not in ("training_text", ""):
         text = setting(summary, "vocabulary.description") or VOCABULARIES.get(source, source)
@@ -105,11 +112,19 @@ def _not_covered(claims: tuple[Claim, ...], summary: Record, config: Record) -> 
     else:
         parts.append("Devices as a whole: only single examples are protected. What one person "
                      "says many times, or in many ways, may show.")
+    if setting(config, "privacy.device.private_metrics"):
+        parts.append("Metrics on held-out devices: computed from their text without noise; these "
+                     "devices never train. What the run says of its population is exact too.")
+    else:
+        parts += [
+            "Metrics on held-out devices and examples: computed from their text without noise.",
+            "Training figures here and in metrics.jsonl (training loss, clipped fractions, update "
+            "norms, participations by level): exact, for the operator's eyes.",
+        ]
+    if setting(config, "strategy.level_epsilon") is None:
+        parts.append("Activity levels: every device reports its own to the coordinator, without "
+                     "noise.")
     parts += [
-        "Metrics on held-out devices and examples: computed from their text without noise.",
-        "Training figures here and in metrics.jsonl (training loss, clipped fractions, update "
-        "norms, participations by level): exact, for the operator's eyes.",
-        "Activity levels: every device reports its own to the coordinator, without noise.",
         "Tuning: every earlier run on the same devices has spent privacy of its own.",
     ]
     if vocabulary_source(summary, config) == "training_text":

@@ -16,7 +16,7 @@ from rich.console import Console
 from sottovoce.client.errors import RunError
 from sottovoce.privacy.ledger import Ledger
 from sottovoce.privacy.noise import NoiseSource
-from sottovoce.server.callbacks import Bar, Checkpoints, LedgerFile, MetricsFile
+from sottovoce.server.callbacks import Bar, Checkpoints, LedgerFile, MetricsFile, RequestLog
 from sottovoce.server.checkpoints import (
     RunState,
     discard_drafts,
@@ -26,6 +26,7 @@ from sottovoce.server.checkpoints import (
 from sottovoce.server.coordinator import Coordinator, Plan
 from sottovoce.server.evaluation import Evaluator
 from sottovoce.server.finish import write_results
+from sottovoce.server.metrics_setup import wanted
 from sottovoce.server.progress import Progress
 from sottovoce.server.setup import Setup, make_setup
 from sottovoce.simulations.experiment import Experiment, build_experiment
@@ -64,10 +65,14 @@ def start_run(grid: Grid, folder: Path) -> Outcome:
     return _run(grid, folder, experiment, setup, state)
 
 
-def continue_run(grid: Grid, folder: Path, *, progress: bool | None = None) -> Outcome:
+def continue_run(
+    grid: Grid, folder: Path, *, progress: bool | None = None, afresh: bool = False
+) -> Outcome:
     """The rest of a stopped run: the same result as if it had never stopped.
 
-    `progress`: whether to show a bar, in place of the folder's own setting.
+    `progress`: whether to show a bar, in place of the folder's own setting. `afresh`: whether
+    fleets draw new batches and noise for a round that they are asked for again; what they may have
+    answered before is then booked as releases of their own.
     """
     refuse_ended(folder)
     text = (folder / "config.yaml").read_text(encoding="utf-8")
@@ -77,6 +82,8 @@ def continue_run(grid: Grid, folder: Path, *, progress: bool | None = None) -> O
     setup = make_setup(experiment, source, state, text)
     setup.warnings += complaints
     settle_ledger(folder / "ledger.json")
+    for number in RequestLog(folder / "checkpoints").after(state.round) if afresh else ():
+        setup.strategy.book_lost(number)
     discard_drafts(folder)
     discard_drafts(folder / "checkpoints")
     MetricsFile(folder).keep_until(state.round or -1)  # round 0 is evaluated again
@@ -118,6 +125,7 @@ def _run(
     evaluator = Evaluator(
         experiment.population, experiment.task, model,
         devices=config.run.evaluation_devices, examples=HELD_OUT_EXAMPLES,
+        private=wanted(config),
     )
     progress = Progress(config.rounds, state.round, experiment.task.headline, shows)
     keeper = Checkpoints(
@@ -129,6 +137,7 @@ def _run(
         setup.budget,
         Plan(config.rounds, config.run.evaluate_every),
         [LedgerFile(folder), MetricsFile(folder), keeper, Bar(progress)],
+        RequestLog(folder / "checkpoints").on_request,
     )
     status, reason = "finished", None
     with progress:
@@ -152,6 +161,7 @@ def _run(
     )
     if status != "interrupted":
         NoiseSource.forget(folder / "checkpoints")
+        RequestLog(folder / "checkpoints").forget()
     return Outcome(status, reason, summary)
 
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sottovoce.client.batches import BatchPlan, draw_batches
+from sottovoce.client.errors import ConfigError
 from sottovoce.client.groups import GroupData
 from sottovoce.client.tasks import Batch, Task
 from sottovoce.privacy.noise import NoiseSource
@@ -51,13 +52,21 @@ def draw_cohort(
     plan: BatchPlan,
     server_round: int,
     source: NoiseSource,
+    reported: NDArray[np.uint8] | None = None,
 ) -> list[Draw]:
     """Every device's batches of a round, most work first, so that groups are even.
 
-    A device's batches depend on (source, round, device) only, not on its company.
+    A device's batches depend on (source, round, device) only, not on its company. `reported`:
+    (devices,) levels that draws are to bear in place of the true ones. ConfigError for Poisson
+    batches, whose rate and steps are accounted by level: a report may be below the truth.
     """
+    if reported is not None and plan.poisson:
+        raise ConfigError(
+            "reported levels cannot stand for true ones in Poisson batches: set "
+            "strategy.level_epsilon=null"
+        )
     activity = population.activity[devices]
-    levels = activity_levels(activity)
+    levels = activity_levels(activity) if reported is None else reported
     draws = []
     for device, level, count in zip(
         devices.tolist(), levels.tolist(), activity.tolist(), strict=True

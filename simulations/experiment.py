@@ -24,6 +24,7 @@ from sottovoce.client.models.hub_files import tokenizer_file
 from sottovoce.client.tasks import Task, make_task
 from sottovoce.client.vocabulary import Vocabulary, make_vocabulary
 from sottovoce.privacy.noise import NoiseSource
+from sottovoce.privacy.private_metrics import MetricBounds
 from sottovoce.simulations.fleet import SimulatedFleet
 from sottovoce.simulations.population import Population
 from sottovoce.simulations.populations import make_population
@@ -102,7 +103,13 @@ def local_training(config: DictConfig, devices: int) -> LocalTraining:
             delta = public_deltas(config, devices)["example"]
             example = example_clipping(config, example_noise(config, plan, delta))
     clip = privacy.device.clip_norm if privacy.device.enabled else None
-    return LocalTraining(strategy.learning_rate, plan, example, clip, device_optimizer(strategy))
+    bounds = None
+    if privacy.device.get("private_metrics", False):
+        visits = plan.local_epochs * plan.max_examples
+        bounds = MetricBounds(privacy.device.metrics_loss_bound, visits)
+    return LocalTraining(
+        strategy.learning_rate, plan, example, clip, device_optimizer(strategy), bounds
+    )
 
 
 def example_clipping(config: DictConfig, noise_multiplier: float) -> ExampleClipping:

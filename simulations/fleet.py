@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sottovoce.client.coins import has_dropout
+from sottovoce.client.figures import bounded_figures
 from sottovoce.client.fleet import Fleet, FleetReply, LocalTraining
 from sottovoce.client.groups import GroupData, LocalUpdates
 from sottovoce.client.tasks import Task
@@ -73,10 +74,14 @@ class SimulatedFleet(Fleet):
         self._idle: dict[int, list[GroupTrainer]] = {}
 
     def train(
-        self, parameters: dict[str, Tensor], devices: NDArray[np.int64], server_round: int
+        self,
+        parameters: dict[str, Tensor],
+        devices: NDArray[np.int64],
+        server_round: int,
+        levels: NDArray[np.uint8] | None = None,
     ) -> FleetReply:
         draws = draw_cohort(
-            self.population, devices, self.training.plan, server_round, self.source
+            self.population, devices, self.training.plan, server_round, self.source, levels
         )
         total = RoundSum(self.model, self.training, server_round)
         for group_draws, data, updates in self._trained(parameters, draws, server_round):
@@ -191,6 +196,10 @@ class RoundSum:
     def _count(self, updates: LocalUpdates, keep: Tensor) -> None:
         here = len(keep)
         self.dropped += here - int(keep.sum())
+        bounds, clip_norm = self.training.metric_bounds, self.training.update_clip_norm
+        if bounds is not None and clip_norm is not None:
+            for name, value in bounded_figures(updates, keep, bounds, clip_norm).items():
+                self.totals[name] = self.totals.get(name, 0.0) + value
         self.totals["examples"] += updates.examples
         self.totals["loss"] += updates.loss
         self.totals["clipped_examples"] += updates.clipped_examples

@@ -2,6 +2,7 @@
 
 `model`    expected under a public model of activity: costs nothing
 `noised`   a histogram with Gaussian noise: a release, with its event
+`reported` devices by what they report, by randomised response (`sottovoce.strategies.reports`)
 `exact`    the histogram itself: only where nothing is claimed for devices
 """
 
@@ -15,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sottovoce.client.errors import ConfigError
-from sottovoce.privacy.events import GaussianEvent
+from sottovoce.privacy.events import GaussianEvent, RandomisedReport
 from sottovoce.strategies.levels import MAX_LEVEL
 
 PURPOSE = "activity histogram"
@@ -30,11 +31,11 @@ class LevelCounts:
     `events`: what knowing the counts cost.
     """
 
-    source: Literal["model", "noised", "exact"]
+    source: Literal["model", "noised", "reported", "exact"]
     counts: dict[int, float]
     most: dict[int, int]
     least: float = 1.0
-    events: tuple[GaussianEvent, ...] = ()
+    events: tuple[GaussianEvent | RandomisedReport, ...] = ()
 
     @property
     def rounded(self) -> dict[int, int]:

@@ -33,6 +33,7 @@ from sottovoce.privacy.events import Event, GaussianEvent, LevelEntry
 from sottovoce.privacy.ledger import Ledger
 from sottovoce.privacy.mechanisms import DeviceMechanism
 from sottovoce.privacy.noise import NoiseSource
+from sottovoce.privacy.private_metrics import PrivateMetrics
 from sottovoce.strategies.levels import activity_levels
 from sottovoce.strategies.optimizers import ServerOptimizer
 from sottovoce.strategies.participation import Participation
@@ -43,6 +44,11 @@ Mechanism = DeviceMechanism | AdaptiveMechanism | CorrelatedMechanism
 
 CENTRAL_NOISE = "central noise"
 COUNT_NOISE = "noise on the count of clipped devices"
+METRICS_NOISE = "noise on training metrics"
+
+SUMMED = "noised sum of device updates"
+COUNTED = f"{SUMMED} and noised count of unclipped ones, together"
+MEASURED = ", and noised training metrics under the same sample"
 
 log = logging.getLogger(__name__)
 
@@ -61,9 +67,10 @@ class Round:
 class NoisedSum(Strategy):
     """Flower strategy of a private run. See the module's algorithm.
 
-    `activity`: (devices,) of which only levels are read. `mechanism`: None for a run without
-    device-level noise. `training`: what devices do, as far as accounting must know it. `settings`:
-    the run's, as YAML, for the fleets.
+    `activity`: (devices,) of which only levels are read, or nothing where `sampler` has reports.
+    `mechanism`: None for a run without device-level noise. `training`: what devices do, as far as
+    accounting must know it. `settings`: the run's, as YAML, for the fleets. `private_metrics`: how
+    training metrics are noised, whose `rest` is the mechanism's multiplier; None: they are exact.
 
     *Guarantee*: device unit, observer `release`: the mechanism's, at the sampler's rates where it
     is not correlated, every round an event in `ledger`; example unit, observer `server`: the
@@ -83,7 +90,10 @@ class NoisedSum(Strategy):
         participation: Participation,
         source: NoiseSource,
         settings: str,
+        private_metrics: PrivateMetrics | None = None,
     ) -> None:
+        self.private_metrics = private_metrics
+        self.lost: set[int] = set()  # rounds asked for before, whose figures may be out already
         self.sampler, self.activity, self.optimizer = sampler, activity, optimizer
         self.mechanism, self.training, self.ledger = mechanism, training, ledger
         self.participation, self.source, self.settings = participation, source, settings
@@ -94,7 +104,8 @@ class NoisedSum(Strategy):
     ) -> list[Message]:
         """One message for each fleet that hosts a sampled device (device id modulo fleets)."""
         devices = self.participation.allowed(self.sampler.sample(server_round), server_round)
-        levels = activity_levels(self.activity[devices])
+        reported = self.sampler.reported
+        levels = activity_levels(self.activity[devices]) if reported is None else reported[devices]
         self.current = Round(server_round, to_tensors(arrays), devices, levels)
         nodes = sorted(grid.get_node_ids())
         if not nodes:
@@ -107,7 +118,10 @@ class NoisedSum(Strategy):
             if len(share):
                 asked = levels[devices % len(nodes) == place]
                 self.current.sent[node] = Counter(asked.tolist())
-                content = train_content(arrays, share, server_round, self.settings, clip_norm)
+                content = train_content(
+                    arrays, share, server_round, self.settings, clip_norm,
+                    None if reported is None else asked,
+                )
                 group = str(server_round)
                 messages.append(Message(content, node, "train", group_id=group))
         return messages
@@ -125,12 +139,34 @@ class NoisedSum(Strategy):
         expected = self.sampler.expected_cohort_size
         update = {name: tensor / expected for name, tensor in release.items()}
         parameters = self.optimizer.step(current.parameters, update)
-        metrics = self._metrics(current, total, update, deviation)
+        if self.private_metrics is None:
+            metrics = self._metrics(current, total, update, deviation)
+        else:
+            metrics = self._noised_metrics(total, server_round)
         self._observe(total, server_round)
         if complaints:
-            metrics["bad_replies"] = len(complaints)
+            if self.private_metrics is None:
+                metrics["bad_replies"] = len(complaints)
             log.warning("\n".join(complaints))
         return to_record(parameters), MetricRecord(metrics)  # type: ignore[arg-type]
+
+    def book_lost(self, server_round: int) -> None:
+        """Book a round that fleets were asked for but whose sums were lost, before it is repeated.
+
+        Nodes draw other batches and noise the second time, so for the `server`, who may have seen
+        both, a device's examples were released twice. Every level pays for a participation with
+        that round's noise, beside those that are counted. Private metrics of the round, which may
+        be out with the noise that would be drawn again, are not released a second time.
+        """
+        self.lost.add(server_round)
+        example, plan = self.training.at(server_round).example, self.training.plan
+        if example is not None:
+            levels = sorted(self.sampler.rates)
+            self.ledger.append(_example_event(
+                example.noise_multiplier / example.multiple,
+                [(level, plan.rate(level), plan.steps(level, 1 << level)) for level in levels],
+                server_round,
+            ))
 
     def events_ahead(self) -> list[Event]:
         """Events that the next round may at most append: what a budget stop must reckon with."""
@@ -226,15 +262,18 @@ class NoisedSum(Strategy):
             return [self.mechanism.event(server_round)]
         rates = sorted(self.sampler.rates.items())
         fixed = self.sampler.sampling == "fixed_size"
+        purpose = COUNTED if isinstance(self.mechanism, AdaptiveMechanism) else SUMMED
+        figures = self.private_metrics
         return [
             GaussianEvent(
-                noise_multiplier=self.mechanism.noise_multiplier,
+                noise_multiplier=self.mechanism.noise_multiplier if figures is None
+                else figures.whole,
                 sampling=self.sampler.sampling,
                 by_level=tuple((level, rate, 1) for level, rate in rates),
                 unit="device",
                 relation="replace_one" if fixed else "add_remove",
                 observer="release",
-                purpose="noised sum of device updates",
+                purpose=purpose if figures is None else purpose + MEASURED,
                 round=server_round,
             )
         ]
@@ -252,18 +291,24 @@ class NoisedSum(Strategy):
             entry = (level, plan.rate(level), plan.steps(level, 1 << level))
             entries.setdefault(example.booked(participation), []).append(entry)
         return [
-            GaussianEvent(
-                noise_multiplier=noise,
-                sampling="poisson",
-                by_level=tuple(group),
-                unit="example",
-                relation="add_remove",
-                observer="server",
-                purpose="eDP-SGD steps of one participation",
-                round=server_round,
-            )
+            _example_event(noise, group, server_round)
             for noise, group in entries.items()
         ]
+
+    def _noised_metrics(
+        self, total: FleetReply, server_round: int
+    ) -> dict[str, int | float | list[int]]:
+        """Metrics from noised figures and a public clip norm alone.
+
+        The update's norm is none of them: it would show a sum whose round may yet be repeated.
+        """
+        assert self.private_metrics is not None and self.mechanism is not None
+        clip_norm = self.mechanism.clip_norm
+        if server_round in self.lost:
+            return {"clip_norm": clip_norm}
+        generator = self.source.generator(METRICS_NOISE, server_round)
+        noised = self.private_metrics.noised(total.totals, generator)
+        return {**self.private_metrics.metrics(noised, clip_norm), "clip_norm": clip_norm}
 
     def _metrics(
         self, current: Round, total: FleetReply, update: dict[str, Tensor], deviation: float
@@ -292,6 +337,21 @@ class NoisedSum(Strategy):
         if deviation:
             metrics["signal_to_noise"] = signal / (deviation * math.sqrt(size))
         return metrics
+
+
+def _example_event(
+    noise: float, entries: list[LevelEntry], server_round: int | None
+) -> GaussianEvent:
+    return GaussianEvent(
+        noise_multiplier=noise,
+        sampling="poisson",
+        by_level=tuple(entries),
+        unit="example",
+        relation="add_remove",
+        observer="server",
+        purpose="eDP-SGD steps of one participation",
+        round=server_round,
+    )
 
 
 def _checked(message: Message, expected: Tensors, asked: Counter[int]) -> FleetReply:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sottovoce.client.errors import ConfigError
+from sottovoce.privacy.events import RandomisedReport
 from sottovoce.privacy.noise import NoiseSource
 from sottovoce.strategies.counts import LevelCounts, exact_counts, model_counts, noised_counts
 from sottovoce.strategies.levels import MAX_LEVEL, activity_levels
@@ -22,6 +23,13 @@ from sottovoce.strategies.rates import (
     rates_from_counts,
     rates_from_total,
 )
+from sottovoce.strategies.reports import (
+    level_report,
+    reported_counts,
+    reported_levels,
+    reported_weight,
+    true_shares,
+)
 from sottovoce.strategies.sampling import FixedSizeSampler as FixedSizeSampler
 from sottovoce.strategies.sampling import Sampler as Sampler
 from sottovoce.strategies.sampling import UniformSampler as UniformSampler
@@ -30,13 +38,16 @@ from sottovoce.strategies.sampling import chosen
 if TYPE_CHECKING:
     from sottovoce.simulations.population import Population
 
+REPORTS = "activity level reports"
 USUAL_CAP = 10.0  # times the uniform rate: few busy devices would else set everybody's noise
 
 
 class ActivitySampler(Sampler):
     """Poisson, more often for devices with more data: one public rate per activity level.
 
-    `levels`: (devices,) uint8, see `activity_levels`. `weight`, `power`, `uniform_mix` and
+    `levels`: (devices,) uint8, see `activity_levels`, or what devices report in their place: then
+    `report` says how, and `shares`, (levels,) how many devices are at each level in truth; from the
+    reports where None. `weight`, `power`, `uniform_mix` and
     `max_rate`: see `ActivityWeight`. Rates rest on `total_weight`, the sum of weights that someone
     declares; else on `counts`; else on the exact histogram of `levels`, which is private: then
     `public_rates` is False and no device-level claim holds.
@@ -60,9 +71,15 @@ class ActivitySampler(Sampler):
         total_weight: float | None = None,
         counts: LevelCounts | None = None,
         seed: int | None = None,
+        report: RandomisedReport | None = None,
+        shares: NDArray[np.float64] | None = None,
     ) -> None:
         check_cohort(cohort_size, len(levels))
         self.weight = ActivityWeight(weight, power, uniform_mix, max_rate)
+        if report is not None:
+            self.reported, counts = levels, reported_counts(levels, report)
+            known = true_shares(levels, report) if shares is None else shares
+            self.weight = reported_weight(self.weight, known, report)
         self._members = _members(levels)
         if total_weight is None:
             counts = counts or exact_counts(levels)
@@ -98,10 +115,12 @@ class ActivitySampler(Sampler):
         """A line for people where `max_rate` binds, else None."""
         if not self.capped:
             return None
-        least = min(self.capped)
+        who = f"with {1 << min(self.capped)} examples or more"
+        if self.reported is not None:
+            who = f"that report level {', '.join(map(str, self.capped))}"
         return (
-            f"max_rate={self.weight.max_rate:g} holds back devices with {1 << least} examples or "
-            "more; the others are sampled more often in their place"
+            f"max_rate={self.weight.max_rate:g} holds back devices {who}; the others are sampled "
+            "more often in their place"
         )
 
 
@@ -121,8 +140,13 @@ def make_sampler(
     seed = int.from_bytes(source.generator("device sampling").bytes(16), "little")
     if strategy.sampler == "activity":
         levels = activity_levels(population.activity)
-        declared = strategy.total_weight
-        counts = None if declared else known_counts(population, levels, source, private)
+        declared, local = strategy.total_weight, getattr(strategy, "level_epsilon", None)
+        counts, report, shares = None, None, None
+        if local is not None:
+            report, shares = level_report(local), public_shares(population)
+            levels = reported_levels(levels, report, source.generator(REPORTS))
+        elif not declared:
+            counts = known_counts(population, levels, source, private)
         return ActivitySampler(
             levels,
             cohort_size,
@@ -133,6 +157,8 @@ def make_sampler(
             total_weight=declared,
             counts=counts,
             seed=seed,
+            report=report,
+            shares=shares,
         )
     counts = None
     if not private or population.expected_level_counts() is not None:
@@ -150,6 +176,12 @@ def make_sampler(
 def _cap(max_rate: float | None, cohort_size: float, devices: int) -> float:
     """The cap on sampling rates: as given, else `USUAL_CAP` times the uniform rate."""
     return min(1.0, USUAL_CAP * cohort_size / devices) if max_rate is None else max_rate
+
+
+def public_shares(population: Population) -> NDArray[np.float64] | None:
+    """(levels,) share of devices at each level by the public model; None where there is none."""
+    expected = population.expected_level_counts()
+    return None if expected is None else expected / expected.sum()
 
 
 def known_counts(

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sottovoce.client.errors import ConfigError
-from sottovoce.privacy.events import GaussianEvent, LevelEntry, Sampling
+from sottovoce.privacy.events import GaussianEvent, LevelEntry, RandomisedReport, Sampling
 from sottovoce.strategies.counts import LevelCounts
 from sottovoce.strategies.levels import MAX_LEVEL
 from sottovoce.strategies.rates import check_cohort
@@ -30,10 +30,12 @@ class Sampler(ABC):
     `devices`: population size, public. `rates`: inclusion probability per round of a device at
     each level, all levels up to `MAX_LEVEL`. `expected_cohort_size`: public; sums are divided by
     it. `counts`: devices by level as far as known. `events`: what knowing them cost: into the
-    ledger first. `seed`: drawn from the operating system where None is given.
+    ledger first. `seed`: drawn from the operating system where None is given. `reported`:
+    (devices,) levels that devices report in place of their own, None where they say their own.
     """
 
     sampling: ClassVar[Sampling]
+    reported: NDArray[np.uint8] | None = None
 
     def __init__(
         self,
@@ -58,7 +60,7 @@ class Sampler(ABC):
         return tuple((level, rate, 1) for level, rate in sorted(self.rates.items()))
 
     @property
-    def events(self) -> tuple[GaussianEvent, ...]:
+    def events(self) -> tuple[GaussianEvent | RandomisedReport, ...]:
         return () if self.counts is None else self.counts.events
 
     @property

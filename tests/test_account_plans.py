@@ -130,6 +130,8 @@ def test_both_layers_are_accounted_side_by_side() -> None:
     assert epsilon(event, 1e-5) == layer["epsilon"]
     plain = account(plan | {"target_epsilon": 2.0})
     assert plain["noise_multiplier"] == facts["noise_multiplier"]
+    half = account(PLAN | example | {"example_epsilon": 3.0})
+    assert half["example"] | {"steps": 12} == layer and half["epsilon"] == account(PLAN)["epsilon"]
 
 
 @pytest.mark.parametrize(
@@ -143,6 +145,10 @@ def test_both_layers_are_accounted_side_by_side() -> None:
         (PLAN | {"target_epsilon": 2.0, "solve": "cohort"}, "devices missing"),
         (PLAN | {"devices": 2.5}, "devices=2.5"),
         (PLAN | {"example_steps": 3}, "both layers"),
+        (PLAN | {"unit": "example", "example_epsilon": 3.0}, "unit=example contradicts"),
+        (PLAN | {"example_noise_multiplier": 1.0, "example_epsilon": 3.0}, "contradict each other"),
+        (PLAN | {"max_participations": 3}, "bounds steps on the device"),
+        (PLAN | {"steps": 10**400}, "whole number from 1"),
         (PLAN | {"format": "statement"}, "needs run="),
         (PLAN | {"sweep": "max_rate"}, "cohort_size, levels"),
         (PLAN | {"sweep": "noise"}, "sweep=noise"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,11 @@ import pytest
 
 from sottovoce.client.errors import ConfigError, RunError, SottovoceError
 from sottovoce.privacy.accountants import epsilon
+from sottovoce.privacy.correlated import CorrelatedMechanism
 from sottovoce.privacy.events import GaussianEvent, NonPrivateRelease
 from sottovoce.privacy.ledger import Ledger
+from sottovoce.privacy.optimised import make_factorisation
+from sottovoce.privacy.separation import Schedule
 from sottovoce.server.account import AccountConfig, account, run_account
 
 PLAN = {"noise_multiplier": 1.0, "sampling_rate": 0.01, "steps": 1000, "delta": 1e-5}
@@ -165,8 +169,24 @@ def test_a_statement_is_a_paragraph_and_its_facts(
     for words in ("Device-level (ε = ", "Example-level (ε = ", "add/remove", "worst of 3 activity",
                   "No guarantee (epsilon is infinite) holds for devices against fleet",
                   "sums before central noise, which server sees without noise", "Tuning: ",
+                  "Activity levels, the powers of two that devices report, are taken as public",
                   "dp-accounting", "below 1/devices", "Poisson-sampled as run"):
         assert words in paragraph, words
+
+
+def test_a_statement_of_correlated_noise_names_its_schedule(tmp_path: Path) -> None:
+    schedule = Schedule(8, min_separation=3, max_participations=2)
+    mechanism = CorrelatedMechanism(1.0, 2.0, make_factorisation("banded", schedule), schedule)
+    ledger = Ledger(deltas={"device": 1e-5}, claims={"correlated_noise": mechanism.claims()})
+    ledger.append(mechanism.event(None))
+    ledger.append(replace(mechanism.event(None), count=0, round=2))
+    ledger.save(tmp_path / "ledger.json")
+    facts = account({"run": str(tmp_path)})
+    assert (facts["noise_multiplier"], facts["steps"]) == (2.0, 2)
+    text = account({"run": str(tmp_path), "format": "statement"})["paragraph"]
+    for words in ("no device takes part more than 2 times, at least 3 rounds apart, in 8 rounds",
+                  "levels, by which devices may be preferred, are taken as public"):
+        assert words in text, words
 
 
 def test_a_statement_of_nothing_promises_nothing(tmp_path: Path) -> None:

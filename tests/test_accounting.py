@@ -408,6 +408,24 @@ def test_a_guarantee_against_one_who_sees_more_holds_for_one_who_sees_less() -> 
     assert epsilon([local, other], 1e-5, observer="release") > released
 
 
+def test_releases_of_one_purpose_count_for_everyone_unless_they_are_views_of_one_round() -> None:
+    seen = GaussianEvent(noise_multiplier=10.0, observer="release", round=1)
+    earlier = GaussianEvent(noise_multiplier=0.5, observer="server", round=2)
+    assert epsilon([seen, earlier], 1e-5, observer="release") > epsilon(earlier, 1e-5)
+    assert epsilon([seen, earlier], 1e-5, observer="server") == math.inf, "round 1 is bare there"
+    same = GaussianEvent(noise_multiplier=0.5, observer="server", round=1)
+    assert epsilon([seen, same], 1e-5, observer="release") == epsilon(seen, 1e-5)
+    assert epsilon([seen, same], 1e-5, observer="server") == epsilon(same, 1e-5)
+    unnumbered = [GaussianEvent(noise_multiplier=1.0, observer=o) for o in ("release", "server")]
+    assert epsilon(unnumbered, 1e-5, observer="release") > epsilon(unnumbered[0], 1e-5)
+
+
+def test_noise_whose_square_overflows_is_accounted_as_very_large_noise() -> None:
+    for rate in (0.01, 1.0):
+        assert 0 <= epsilon(poisson(rate, 1e300, 10**6), 1e-9) < 1e-6
+        assert epsilon(poisson(rate, 1e300, 10**6), 1e-9, accountant="rdp") < 0.02
+
+
 def test_levels_compose_only_what_lists_them() -> None:
     events = [
         GaussianEvent(

@@ -408,6 +408,7 @@ def _interrupt_at_two(self: Any, state: Any, record: Any) -> None:
         (["privacy.device.max_participations=3"], "only used with privacy.device.min_separation"),
         (["privacy.device.min_separation=61"], "more than rounds=60"),
         (["privacy.device.min_separation=0"], "min_separation=0 must be at least 1"),
+        (["privacy.device.min_separation=5", "strategy.max_rate=0.1"], "claims none: set it to"),
         (["privacy.device.min_separation=5", "privacy.device.bands=4"], "no meaning with"),
         (["privacy.device.min_separation=5", "privacy.device.mechanism=banded",
           "privacy.device.bands=6"], "must be at most privacy.device.min_separation=5"),

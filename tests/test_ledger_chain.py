@@ -131,6 +131,10 @@ def test_spelling_is_not_tampering(path: Path) -> None:
 def test_files_without_a_chain_can_still_be_read_and_go_on_with_one(path: Path) -> None:
     values = make_ledger(2).to_json()
     events = [{k: v for k, v in e.items() if k != "previous"} for e in values["events"]]
+    path.write_text(json.dumps({**values, "schema": 1}))
+    with pytest.raises(RunError, match="schema was changed"):
+        Ledger.load(path)
+    del values["head"]
     path.write_text(json.dumps({**values, "schema": 1, "events": events}))
     old = Ledger.load(path)
     assert old.events == make_ledger(2).events

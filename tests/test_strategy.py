@@ -25,6 +25,7 @@ from sottovoce.privacy.events import GaussianEvent
 from sottovoce.privacy.mechanisms import DeviceMechanism
 from sottovoce.privacy.noise import NoiseSource
 from sottovoce.server.budget import RunBudget, touched
+from sottovoce.server.callbacks import RequestLog
 from sottovoce.server.checkpoints import RunState, load_checkpoint, save_checkpoint
 from sottovoce.simulations.grid import LocalGrid
 from sottovoce.strategies.levels import activity_levels
@@ -468,3 +469,41 @@ def test_messages_hold_no_more_than_parameters_devices_round_and_settings() -> N
     assert (number, settings) == (3, "")
     assert set(message.content) == {"parameters", "cohort", "config"}
     assert isinstance(message.content["parameters"], ArrayRecord)
+
+
+# -- rounds asked for twice ------------------------------------------------------------------------
+
+
+def test_a_round_whose_sums_were_lost_is_booked_for_every_level() -> None:
+    ours = strategy(example=EXAMPLE)
+    one_round(ours, fleets(honest, 1))
+    once = epsilon(ours.ledger, 1e-5, unit="example", observer="server")
+    ours.book_lost(2)
+    event = ours.ledger.events[-1]
+    assert isinstance(event, GaussianEvent) and event.by_level is not None
+    assert {level for level, _, _ in event.by_level} == set(ours.sampler.rates)
+    assert epsilon(ours.ledger, 1e-5, unit="example", observer="server") > once
+    assert event.noise_multiplier == EXAMPLE.noise_multiplier and event.round == 2
+
+
+def test_a_lost_round_is_booked_with_its_own_decayed_noise() -> None:
+    decaying = ExampleClipping(clip_norm=1.0, noise_multiplier=2.0, noise_decay=0.5, rounds=3)
+    ours = strategy(example=decaying)
+    ours.book_lost(3)
+    event = ours.ledger.events[-1]
+    assert isinstance(event, GaussianEvent) and event.noise_multiplier == 0.5
+
+
+def test_without_noise_on_devices_a_lost_round_books_nothing() -> None:
+    ours = strategy()
+    ours.book_lost(1)
+    assert not ours.ledger.events
+
+
+def test_every_request_is_on_disk_before_a_message_leaves(tmp_path: Path) -> None:
+    log = RequestLog(tmp_path)
+    for number in (1, 2, 3, 3):
+        log.on_request(number)
+        assert RequestLog(tmp_path).after(number - 1)[-1] == number
+    assert log.after(1) == [2, 3, 3]
+    assert RequestLog(tmp_path / "none").after(0) == []
