@@ -22,10 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sottovoce.privacy.accountants import epsilon
-from sottovoce.privacy.events import Event, GaussianEvent
-from sottovoce.privacy.ledger import Ledger
-from sottovoce.privacy.tracker import EpsilonTracker
+from sottovoce.privacy.accounting.accountants import epsilon
+from sottovoce.privacy.accounting.events import Event, GaussianEvent
+from sottovoce.privacy.accounting.ledger import Ledger
+from sottovoce.privacy.accounting.tracker import EpsilonTracker
 from sottovoce.server.account import account
 
 ROUNDS, LEVELS, MANY = 2000, 20, 100_000

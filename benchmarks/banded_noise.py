@@ -21,9 +21,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from sottovoce.privacy.calibration import calibrate_noise
-from sottovoce.privacy.optimised import NAMES, make_factorisation
-from sottovoce.privacy.separation import Schedule
+from sottovoce.privacy.accounting.calibration import calibrate_noise
+from sottovoce.privacy.mechanisms.optimised import NAMES, make_factorisation
+from sottovoce.privacy.mechanisms.separation import Schedule
 from sottovoce.server.report_tables import environment
 from sottovoce.server.settings import compose
 from sottovoce.server.simulate import simulate

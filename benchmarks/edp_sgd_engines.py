@@ -4,8 +4,8 @@ A step is forward, backward and the sum of the rows' gradients, each clipped to 
 noise and without an optimiser: what a private release costs. Only `plain` does not clip.
 
 plain           torch.autograd.grad of the summed losses
-ours            sottovoce.privacy.engine: one forward and one backward pass, factors, clipped sums
-ours_same_gemm  the same without its choice of matrix library (`sottovoce.privacy.gemm`)
+ours            sottovoce.privacy.gradients.engine: one forward, one backward pass, clipped sums
+ours_same_gemm  the same without its choice of matrix library (`sottovoce.privacy.gradients.gemm`)
 opacus_hooks    Opacus GradSampleModule and the clipping of its DPOptimizer
 opacus_ghost    Opacus GradSampleModuleFastGradientClipping and its second backward pass
 functorch       torch.func: vmap(grad) over functional_call, then clipped and summed
@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sottovoce.privacy import gemm
-from sottovoce.privacy.engine import backward
-from sottovoce.privacy.grouping import track
+from sottovoce.privacy.gradients import gemm
+from sottovoce.privacy.gradients.engine import backward
+from sottovoce.privacy.gradients.grouping import track
 
 CLIP_NORM = 1.0
 Gradients = dict[str, Tensor]

@@ -33,12 +33,12 @@ from edp_sgd_engines import CLIP_NORM, ENGINES, Gradients, Step, loop, ours, pla
 from edp_sgd_models import Case, make_case
 from torch.profiler import ProfilerActivity, profile
 
-from sottovoce.privacy.engine import backward
-from sottovoce.privacy.grouping import group
+from sottovoce.privacy.gradients.engine import backward
+from sottovoce.privacy.gradients.grouping import group
 
 LEAST_SECONDS = 0.05  # a sample lasts at least this long, by repeating short steps
 M_MMAP_THRESHOLD, M_MMAP_MAX = -3, -4  # malloc.h
-PRELOAD = ["torch", "opacus", "transformers", "peft", "sottovoce.privacy.engine"]
+PRELOAD = ["torch", "opacus", "transformers", "peft", "sottovoce.privacy.gradients.engine"]
 
 
 def synchronize(device: str) -> None:

@@ -27,11 +27,11 @@ import torch
 from edp_sgd_models import Case, make_case
 
 from sottovoce.privacy import Clipping, EpsilonTracker
-from sottovoce.privacy.engine import backward
-from sottovoce.privacy.grouping import track
-from sottovoce.privacy.micro_batches import MicroBatches, count_of
-from sottovoce.privacy.releases import Release
-from sottovoce.privacy.schedule import NoiseSchedule
+from sottovoce.privacy.gradients.engine import backward
+from sottovoce.privacy.gradients.grouping import track
+from sottovoce.privacy.gradients.micro_batches import MicroBatches, count_of
+from sottovoce.privacy.optimizer.releases import Release
+from sottovoce.privacy.optimizer.schedule import NoiseSchedule
 from sottovoce.server.report_tables import environment
 
 MODELS, ROWS, SIZES = ("bilstm", "encoder"), (32, 128), (2, 4, 8)

@@ -24,7 +24,7 @@ def main() -> None:
     options = parser.parse_args()
 
     began = time.perf_counter()
-    from sottovoce.privacy.noise import NoiseSource
+    from sottovoce.privacy.mechanisms.noise import NoiseSource
     from sottovoce.server.report_tables import environment
     from sottovoce.server.settings import compose
     from sottovoce.server.setup import settings_text

@@ -12,7 +12,7 @@ only (`LocalTraining.step_weights`). Adam is not linear, and the noise of a thre
 quantile has no public deviation; there the two parts stay together.
 
 Sources: FedProx: Li et al. 2020, arXiv:1812.06127. Decoupled weight decay: Loshchilov and Hutter
-2019, arXiv:1711.05101. Optimisers: `sottovoce.privacy.descent`.
+2019, arXiv:1711.05101. Optimisers: `sottovoce.privacy.optimizer.descent`.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sottovoce.client.fleet import LocalTraining
-from sottovoce.privacy.clipping import clip_factors
-from sottovoce.privacy.descent import AdamBC, Descent, Tensors, make_descent
+from sottovoce.privacy.gradients.clipping import clip_factors
+from sottovoce.privacy.optimizer.descent import AdamBC, Descent, Tensors, make_descent
 
 
 class LocalDescent:

@@ -15,10 +15,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from sottovoce.client.errors import ConfigError
-from sottovoce.privacy.clipping import Clipping, Mode, Threshold
-from sottovoce.privacy.micro_batches import count_of
-from sottovoce.privacy.quantile import QuantileClip, default_count_noise
-from sottovoce.privacy.schedule import NoiseSchedule
+from sottovoce.privacy.gradients.clipping import Clipping, Mode, Threshold
+from sottovoce.privacy.gradients.micro_batches import count_of
+from sottovoce.privacy.optimizer.quantile import QuantileClip, default_count_noise
+from sottovoce.privacy.optimizer.schedule import NoiseSchedule
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sottovoce.client.groups import LocalUpdates
-from sottovoce.privacy.private_metrics import FIGURES, NORMS, PREFIX, MetricBounds
+from sottovoce.privacy.mechanisms.private_metrics import FIGURES, NORMS, PREFIX, MetricBounds
 
 
 def device_figures(updates: LocalUpdates, bounds: MetricBounds, clip_norm: float) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from sottovoce.client.batches import BatchPlan
 from sottovoce.client.errors import ConfigError
 from sottovoce.client.example_clipping import ExampleClipping as ExampleClipping
-from sottovoce.privacy.private_metrics import MetricBounds
+from sottovoce.privacy.mechanisms.private_metrics import MetricBounds
 
 
 @dataclass(frozen=True)

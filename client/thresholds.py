@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sottovoce.client.example_clipping import ExampleClipping
-from sottovoce.privacy.clipping import Clipping
+from sottovoce.privacy.gradients.clipping import Clipping
 
 
 class Thresholds:

@@ -33,10 +33,10 @@ from sottovoce.client.groups import (
 )
 from sottovoce.client.tasks import Task
 from sottovoce.client.thresholds import Thresholds, make_thresholds
-from sottovoce.privacy.clipping import Clipping
-from sottovoce.privacy.engine import ClippedSums, backward
-from sottovoce.privacy.grouping import group
-from sottovoce.privacy.micro_batches import MicroBatches
+from sottovoce.privacy.gradients.clipping import Clipping
+from sottovoce.privacy.gradients.engine import ClippedSums, backward
+from sottovoce.privacy.gradients.grouping import group
+from sottovoce.privacy.gradients.micro_batches import MicroBatches
 
 Backward = Callable[..., ClippedSums]
 
@@ -219,7 +219,7 @@ def prepared(model: nn.Module, devices: int, engine: str) -> tuple[Any, Backward
         return group(model, devices), backward
     if engine != "opacus":
         raise ConfigError(f"engine={engine} does not exist: choose grouped or opacus")
-    from sottovoce.privacy import opacus_engine
+    from sottovoce.privacy.gradients import opacus_engine
 
     return opacus_engine.group(model, devices), opacus_engine.backward
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from sottovoce.client.errors import ConfigError
-from sottovoce.privacy.accountants import ACCOUNTANTS, check_delta
-from sottovoce.privacy.events import OBSERVERS, Unit
+from sottovoce.privacy.accounting.accountants import ACCOUNTANTS, check_delta
+from sottovoce.privacy.accounting.events import OBSERVERS, Unit
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig

@@ -8,10 +8,10 @@ from dataclasses import replace
 from typing import Any
 
 from sottovoce.client.errors import ConfigError
-from sottovoce.privacy.accountants import ACCOUNTANTS, epsilon
-from sottovoce.privacy.events import Event, GaussianEvent
-from sottovoce.privacy.ledger import Ledger
-from sottovoce.privacy.planning import (
+from sottovoce.privacy.accounting.accountants import ACCOUNTANTS, epsilon
+from sottovoce.privacy.accounting.events import Event, GaussianEvent
+from sottovoce.privacy.accounting.ledger import Ledger
+from sottovoce.privacy.accounting.planning import (
     Layer,
     calibrate_layers,
     largest_rate,

@@ -6,10 +6,10 @@ import math
 from pathlib import Path
 
 from sottovoce.client.errors import ConfigError
-from sottovoce.privacy.accountants import by_level, epsilon
-from sottovoce.privacy.correlated import PURPOSE
-from sottovoce.privacy.events import OBSERVERS, GaussianEvent
-from sottovoce.privacy.ledger import Ledger
+from sottovoce.privacy.accounting.accountants import by_level, epsilon
+from sottovoce.privacy.accounting.events import OBSERVERS, GaussianEvent
+from sottovoce.privacy.accounting.ledger import Ledger
+from sottovoce.privacy.mechanisms.correlated import PURPOSE
 from sottovoce.server.account import AccountConfig, Facts, check_delta_for
 from sottovoce.server.account_plan import by_accountant, leading
 

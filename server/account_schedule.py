@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 
 from sottovoce.client.errors import ConfigError
-from sottovoce.privacy.calibration import calibrate_noise
-from sottovoce.privacy.composition import LEAST_NOISE
-from sottovoce.privacy.correlated import CorrelatedMechanism, zcdp_epsilon
-from sottovoce.privacy.optimised import make_factorisation
-from sottovoce.privacy.separation import Schedule
+from sottovoce.privacy.accounting.calibration import calibrate_noise
+from sottovoce.privacy.accounting.composition import LEAST_NOISE
+from sottovoce.privacy.mechanisms.correlated import CorrelatedMechanism, zcdp_epsilon
+from sottovoce.privacy.mechanisms.optimised import make_factorisation
+from sottovoce.privacy.mechanisms.separation import Schedule
 from sottovoce.server.account import AccountConfig, Facts
 from sottovoce.server.account_plan import by_accountant, leading
 

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from sottovoce.client.errors import ConfigError
-from sottovoce.privacy.accountants import NEARLY, composition_epsilon
-from sottovoce.privacy.events import Event, GaussianEvent
-from sottovoce.privacy.ledger import Ledger
-from sottovoce.privacy.planning import Layer
+from sottovoce.privacy.accounting.accountants import NEARLY, composition_epsilon
+from sottovoce.privacy.accounting.events import Event, GaussianEvent
+from sottovoce.privacy.accounting.ledger import Ledger
+from sottovoce.privacy.accounting.planning import Layer
 from sottovoce.server.account import AccountConfig, Facts, check_delta_for
 from sottovoce.server.account_run import ledger_of
 from sottovoce.strategies.counts import LevelCounts

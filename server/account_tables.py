@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
 
-from sottovoce.privacy.accountants import ACCOUNTANTS
+from sottovoce.privacy.accounting.accountants import ACCOUNTANTS
 
 
 def as_json(facts: Mapping[str, Any], indent: int | None = None) -> str:

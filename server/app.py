@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from sottovoce.client.errors import RunError
-from sottovoce.privacy.ledger import Ledger
+from sottovoce.privacy.accounting.ledger import Ledger
 from sottovoce.server.checkpoints import load_latest, write_atomic
 from sottovoce.server.limits import validate
 from sottovoce.server.placement import discard_unstarted, new_folder, resumed

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from sottovoce.privacy.events import OBSERVERS, Event, GaussianEvent, Observer
-from sottovoce.privacy.ledger import Ledger
-from sottovoce.privacy.tracker import EpsilonTracker
+from sottovoce.privacy.accounting.events import OBSERVERS, Event, GaussianEvent, Observer
+from sottovoce.privacy.accounting.ledger import Ledger
+from sottovoce.privacy.accounting.tracker import EpsilonTracker
 from sottovoce.strategies.noised_sum import NoisedSum
 
 OBSERVER: dict[str, Observer] = {"device": "release", "example": "server"}

@@ -22,7 +22,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from sottovoce.client.errors import RunError
-from sottovoce.privacy.ledger import Ledger
+from sottovoce.privacy.accounting.ledger import Ledger
 
 Tensors = dict[str, Tensor]
 

@@ -16,7 +16,7 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 from sottovoce.client.messages import to_record, to_tensors
-from sottovoce.privacy.ledger import Ledger
+from sottovoce.privacy.accounting.ledger import Ledger
 from sottovoce.server.checkpoints import RunState
 from sottovoce.strategies.noised_sum import NoisedSum
 

@@ -16,15 +16,15 @@ from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
-from sottovoce.privacy.accountants import by_level
-from sottovoce.privacy.events import (
+from sottovoce.privacy.accounting.accountants import by_level
+from sottovoce.privacy.accounting.events import (
     OBSERVERS,
     Event,
     GaussianEvent,
     NonPrivateRelease,
     RandomisedReport,
 )
-from sottovoce.privacy.ledger import Ledger
+from sottovoce.privacy.accounting.ledger import Ledger
 from sottovoce.server.account_run import claims
 from sottovoce.server.claims import RELATIONS, SEES, UNIT_TEXT, installed_version
 from sottovoce.server.wording import count_text, epsilon_text, small_text

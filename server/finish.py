@@ -10,8 +10,8 @@ from typing import Any
 from omegaconf import OmegaConf
 from safetensors.torch import save
 
-from sottovoce.privacy.accountants import by_level, epsilon
-from sottovoce.privacy.ledger import Ledger
+from sottovoce.privacy.accounting.accountants import by_level, epsilon
+from sottovoce.privacy.accounting.ledger import Ledger
 from sottovoce.server.budget import OBSERVER, touched
 from sottovoce.server.checkpoints import RunState, write_atomic
 from sottovoce.server.disclosure import disclosure, paragraph

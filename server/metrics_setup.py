@@ -5,7 +5,7 @@ from __future__ import annotations
 from omegaconf import DictConfig
 
 from sottovoce.client.errors import ConfigError
-from sottovoce.privacy.private_metrics import MetricBounds, PrivateMetrics, default_noise
+from sottovoce.privacy.mechanisms.private_metrics import MetricBounds, PrivateMetrics, default_noise
 
 HERE = "privacy.device"
 CLAIM = "private_metrics"

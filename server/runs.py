@@ -14,7 +14,7 @@ from torch import nn
 
 from sottovoce.client.errors import RunError
 from sottovoce.client.tasks import Task
-from sottovoce.privacy.ledger import Ledger
+from sottovoce.privacy.accounting.ledger import Ledger
 from sottovoce.server.checkpoints import load_checkpoint, load_latest
 from sottovoce.server.evaluation import load_parameters
 from sottovoce.simulations.experiment import build_experiment

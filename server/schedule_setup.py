@@ -12,14 +12,14 @@ from typing import Any
 from omegaconf import DictConfig
 
 from sottovoce.client.errors import ConfigError
-from sottovoce.privacy.adaptive import AdaptiveMechanism
-from sottovoce.privacy.calibration import calibrate_noise
-from sottovoce.privacy.correlated import CorrelatedMechanism, from_claims
-from sottovoce.privacy.events import Event
-from sottovoce.privacy.noise import NoiseSource
-from sottovoce.privacy.optimised import make_factorisation
-from sottovoce.privacy.quantile import QuantileClip, default_count_noise
-from sottovoce.privacy.separation import Schedule
+from sottovoce.privacy.accounting.calibration import calibrate_noise
+from sottovoce.privacy.accounting.events import Event
+from sottovoce.privacy.mechanisms.adaptive import AdaptiveMechanism
+from sottovoce.privacy.mechanisms.correlated import CorrelatedMechanism, from_claims
+from sottovoce.privacy.mechanisms.noise import NoiseSource
+from sottovoce.privacy.mechanisms.optimised import make_factorisation
+from sottovoce.privacy.mechanisms.separation import Schedule
+from sottovoce.privacy.optimizer.quantile import QuantileClip, default_count_noise
 from sottovoce.server.checkpoints import RunState
 from sottovoce.simulations.experiment import Experiment
 from sottovoce.strategies.noised_sum import CENTRAL_NOISE

@@ -12,13 +12,13 @@ from omegaconf import DictConfig, OmegaConf
 from sottovoce.client.errors import ConfigError
 from sottovoce.client.fleet import LocalTraining
 from sottovoce.client.models.hub_files import checked_folder
-from sottovoce.privacy.calibration import calibrate_noise
-from sottovoce.privacy.correlated import CorrelatedMechanism
-from sottovoce.privacy.events import NonPrivateRelease, Unit
-from sottovoce.privacy.ledger import Ledger
-from sottovoce.privacy.mechanisms import DeviceMechanism, variance_bound
-from sottovoce.privacy.noise import NoiseSource
-from sottovoce.privacy.private_metrics import PrivateMetrics
+from sottovoce.privacy.accounting.calibration import calibrate_noise
+from sottovoce.privacy.accounting.events import NonPrivateRelease, Unit
+from sottovoce.privacy.accounting.ledger import Ledger
+from sottovoce.privacy.mechanisms.correlated import CorrelatedMechanism
+from sottovoce.privacy.mechanisms.device import DeviceMechanism, variance_bound
+from sottovoce.privacy.mechanisms.noise import NoiseSource
+from sottovoce.privacy.mechanisms.private_metrics import PrivateMetrics
 from sottovoce.server.budget import RunBudget
 from sottovoce.server.checkpoints import RunState
 from sottovoce.server.limits import validate

@@ -14,8 +14,8 @@ from flwr.serverapp import Grid
 from rich.console import Console
 
 from sottovoce.client.errors import RunError
-from sottovoce.privacy.ledger import Ledger
-from sottovoce.privacy.noise import NoiseSource
+from sottovoce.privacy.accounting.ledger import Ledger
+from sottovoce.privacy.mechanisms.noise import NoiseSource
 from sottovoce.server.callbacks import Bar, Checkpoints, LedgerFile, MetricsFile, RequestLog
 from sottovoce.server.checkpoints import (
     RunState,

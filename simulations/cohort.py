@@ -18,7 +18,7 @@ from sottovoce.client.batches import BatchPlan, draw_batches
 from sottovoce.client.errors import ConfigError
 from sottovoce.client.groups import GroupData
 from sottovoce.client.tasks import Batch, Task
-from sottovoce.privacy.noise import NoiseSource
+from sottovoce.privacy.mechanisms.noise import NoiseSource
 from sottovoce.simulations.population import Population
 from sottovoce.strategies.levels import activity_levels
 

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from sottovoce.client.coins import HIGH, LOW, example_coins
 from sottovoce.client.fleet import LocalTraining
 from sottovoce.client.groups import DeviceNoise, GroupData
-from sottovoce.privacy.noise import NoiseSource
+from sottovoce.privacy.mechanisms.noise import NoiseSource
 from sottovoce.simulations.cohort import Draw
 
 

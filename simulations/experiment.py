@@ -23,8 +23,8 @@ from sottovoce.client.models import make_model
 from sottovoce.client.models.hub_files import tokenizer_file
 from sottovoce.client.tasks import Task, make_task
 from sottovoce.client.vocabulary import Vocabulary, make_vocabulary
-from sottovoce.privacy.noise import NoiseSource
-from sottovoce.privacy.private_metrics import MetricBounds
+from sottovoce.privacy.mechanisms.noise import NoiseSource
+from sottovoce.privacy.mechanisms.private_metrics import MetricBounds
 from sottovoce.simulations.fleet import SimulatedFleet
 from sottovoce.simulations.population import Population
 from sottovoce.simulations.populations import make_population
@@ -172,7 +172,7 @@ def example_noise(config: DictConfig, plan: BatchPlan, delta: float) -> float:
             f"privacy.example.epsilon={privacy.epsilon} depends on how often a device takes part: "
             "set privacy.example.max_participations, or noise_multiplier in place of epsilon"
         )
-    from sottovoce.privacy.calibration import calibrate_noise
+    from sottovoce.privacy.accounting.calibration import calibrate_noise
 
     unit = example_clipping(config, 1.0)
     most = privacy.max_participations

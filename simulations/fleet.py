@@ -22,7 +22,7 @@ from sottovoce.client.fleet import Fleet, FleetReply, LocalTraining
 from sottovoce.client.groups import GroupData, LocalUpdates
 from sottovoce.client.tasks import Task
 from sottovoce.client.training import GroupTrainer, sparse_table
-from sottovoce.privacy.noise import NoiseSource
+from sottovoce.privacy.mechanisms.noise import NoiseSource
 from sottovoce.simulations.cohort import Chunk, Draw, chunks, cut_group, draw_cohort
 from sottovoce.simulations.coins import GroupCoins
 from sottovoce.simulations.population import Population

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sottovoce.client.errors import ConfigError
-from sottovoce.privacy.events import GaussianEvent, RandomisedReport
+from sottovoce.privacy.accounting.events import GaussianEvent, RandomisedReport
 from sottovoce.strategies.levels import MAX_LEVEL
 
 PURPOSE = "activity histogram"

@@ -27,13 +27,13 @@ from torch import Tensor
 from sottovoce.client.errors import RunError
 from sottovoce.client.fleet import FleetReply, LocalTraining
 from sottovoce.client.messages import read_reply, to_record, to_tensors, train_content
-from sottovoce.privacy.adaptive import AdaptiveMechanism
-from sottovoce.privacy.correlated import CorrelatedMechanism
-from sottovoce.privacy.events import Event, GaussianEvent, LevelEntry
-from sottovoce.privacy.ledger import Ledger
-from sottovoce.privacy.mechanisms import DeviceMechanism
-from sottovoce.privacy.noise import NoiseSource
-from sottovoce.privacy.private_metrics import PrivateMetrics
+from sottovoce.privacy.accounting.events import Event, GaussianEvent, LevelEntry
+from sottovoce.privacy.accounting.ledger import Ledger
+from sottovoce.privacy.mechanisms.adaptive import AdaptiveMechanism
+from sottovoce.privacy.mechanisms.correlated import CorrelatedMechanism
+from sottovoce.privacy.mechanisms.device import DeviceMechanism
+from sottovoce.privacy.mechanisms.noise import NoiseSource
+from sottovoce.privacy.mechanisms.private_metrics import PrivateMetrics
 from sottovoce.strategies.levels import activity_levels
 from sottovoce.strategies.optimizers import ServerOptimizer
 from sottovoce.strategies.participation import Participation

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from sottovoce.privacy.events import RandomisedReport
+from sottovoce.privacy.accounting.events import RandomisedReport
 from sottovoce.strategies.counts import LevelCounts
 from sottovoce.strategies.levels import MAX_LEVEL
 from sottovoce.strategies.rates import ActivityWeight

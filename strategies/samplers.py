@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sottovoce.client.errors import ConfigError
-from sottovoce.privacy.events import RandomisedReport
-from sottovoce.privacy.noise import NoiseSource
+from sottovoce.privacy.accounting.events import RandomisedReport
+from sottovoce.privacy.mechanisms.noise import NoiseSource
 from sottovoce.strategies.counts import LevelCounts, exact_counts, model_counts, noised_counts
 from sottovoce.strategies.levels import MAX_LEVEL, activity_levels
 from sottovoce.strategies.rates import (

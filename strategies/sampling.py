@@ -16,7 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sottovoce.client.errors import ConfigError
-from sottovoce.privacy.events import GaussianEvent, LevelEntry, RandomisedReport, Sampling
+from sottovoce.privacy.accounting.events import (
+    GaussianEvent,
+    LevelEntry,
+    RandomisedReport,
+    Sampling,
+)
 from sottovoce.strategies.counts import LevelCounts
 from sottovoce.strategies.levels import MAX_LEVEL
 from sottovoce.strategies.rates import check_cohort

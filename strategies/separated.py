@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sottovoce.client.errors import ConfigError
-from sottovoce.privacy.noise import NoiseSource
-from sottovoce.privacy.separation import Schedule
+from sottovoce.privacy.mechanisms.noise import NoiseSource
+from sottovoce.privacy.mechanisms.separation import Schedule
 from sottovoce.strategies.counts import LevelCounts, model_counts
 from sottovoce.strategies.levels import MAX_LEVEL, activity_levels
 from sottovoce.strategies.participation import Participation

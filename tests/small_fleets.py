@@ -20,7 +20,7 @@ from sottovoce.client.models import make_model
 from sottovoce.client.tasks import Task, make_task
 from sottovoce.client.training import sparse_table
 from sottovoce.client.vocabulary import make_vocabulary
-from sottovoce.privacy.noise import NoiseSource
+from sottovoce.privacy.mechanisms.noise import NoiseSource
 from sottovoce.simulations.assistant import AssistantPopulation
 from sottovoce.simulations.cohort import Draw, draw_cohort
 from sottovoce.simulations.fleet import SimulatedFleet

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from sottovoce.client.errors import ConfigError
-from sottovoce.privacy.accountants import epsilon
-from sottovoce.privacy.events import GaussianEvent
-from sottovoce.privacy.ledger import Ledger
-from sottovoce.privacy.planning import (
+from sottovoce.privacy.accounting.accountants import epsilon
+from sottovoce.privacy.accounting.events import GaussianEvent
+from sottovoce.privacy.accounting.ledger import Ledger
+from sottovoce.privacy.accounting.planning import (
     Layer,
     calibrate_layers,
     expected_participations,

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from sottovoce.client.errors import ConfigError, RunError, SottovoceError
-from sottovoce.privacy.accountants import epsilon
-from sottovoce.privacy.correlated import CorrelatedMechanism
-from sottovoce.privacy.events import GaussianEvent, NonPrivateRelease
-from sottovoce.privacy.ledger import Ledger
-from sottovoce.privacy.optimised import make_factorisation
-from sottovoce.privacy.separation import Schedule
+from sottovoce.privacy.accounting.accountants import epsilon
+from sottovoce.privacy.accounting.events import GaussianEvent, NonPrivateRelease
+from sottovoce.privacy.accounting.ledger import Ledger
+from sottovoce.privacy.mechanisms.correlated import CorrelatedMechanism
+from sottovoce.privacy.mechanisms.optimised import make_factorisation
+from sottovoce.privacy.mechanisms.separation import Schedule
 from sottovoce.server.account import AccountConfig, account, run_account
 
 PLAN = {"noise_multiplier": 1.0, "sampling_rate": 0.01, "steps": 1000, "delta": 1e-5}

@@ -11,14 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sottovoce.client.errors import ConfigError
-from sottovoce.privacy.accountants import by_level, composition_epsilon, epsilon
-from sottovoce.privacy.calibration import calibrate_noise
-from sottovoce.privacy.composition import MAX_CLASSES, Step, Tally, bucketed
-from sottovoce.privacy.events import Event, GaussianEvent, NonPrivateRelease, RandomisedReport
-from sottovoce.privacy.ledger import Ledger
-from sottovoce.privacy.losses import pld_epsilon, rdp_epsilon
-from sottovoce.privacy.mechanisms import DeviceMechanism
-from sottovoce.privacy.tracker import EpsilonTracker, rounded_up
+from sottovoce.privacy.accounting.accountants import by_level, composition_epsilon, epsilon
+from sottovoce.privacy.accounting.calibration import calibrate_noise
+from sottovoce.privacy.accounting.composition import MAX_CLASSES, Step, Tally, bucketed
+from sottovoce.privacy.accounting.events import (
+    Event,
+    GaussianEvent,
+    NonPrivateRelease,
+    RandomisedReport,
+)
+from sottovoce.privacy.accounting.ledger import Ledger
+from sottovoce.privacy.accounting.losses import pld_epsilon, rdp_epsilon
+from sottovoce.privacy.accounting.tracker import EpsilonTracker, rounded_up
+from sottovoce.privacy.mechanisms.device import DeviceMechanism
 from sottovoce.strategies.samplers import ActivitySampler
 
 

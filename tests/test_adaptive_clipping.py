@@ -27,12 +27,12 @@ from sottovoce.client.messages import (
     reply_content,
     to_record,
 )
-from sottovoce.privacy.accountants import epsilon
-from sottovoce.privacy.adaptive import AdaptiveMechanism
-from sottovoce.privacy.events import GaussianEvent
-from sottovoce.privacy.ledger import Ledger
-from sottovoce.privacy.noise import NoiseSource
-from sottovoce.privacy.quantile import QuantileClip
+from sottovoce.privacy.accounting.accountants import epsilon
+from sottovoce.privacy.accounting.events import GaussianEvent
+from sottovoce.privacy.accounting.ledger import Ledger
+from sottovoce.privacy.mechanisms.adaptive import AdaptiveMechanism
+from sottovoce.privacy.mechanisms.noise import NoiseSource
+from sottovoce.privacy.optimizer.quantile import QuantileClip
 from sottovoce.server import callbacks
 from sottovoce.server.limits import validate
 from sottovoce.server.settings import compose
@@ -179,7 +179,7 @@ def test_fleets_clip_to_the_norm_of_the_round_that_metrics_name(nodes: int) -> N
 
 
 def test_a_fixed_clip_norm_is_not_sent() -> None:
-    from sottovoce.privacy.mechanisms import DeviceMechanism
+    from sottovoce.privacy.mechanisms.device import DeviceMechanism
 
     sent: list[float | None] = []
     one = strategy(DeviceMechanism(0.7, 2.0), UniformSampler(POPULATION, COHORT, seed=1))

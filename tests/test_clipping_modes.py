@@ -13,12 +13,12 @@ from dp_accounting import dp_event, pld
 from torch import Tensor, nn
 
 from sottovoce.privacy import EDPSGD, Clipping, EpsilonTracker, NoiseSource, QuantileClip
-from sottovoce.privacy import engine as grouped_engine
-from sottovoce.privacy.clipping import STABILITY
-from sottovoce.privacy.grouping import track
-from sottovoce.privacy.micro_batches import MicroBatches, count_of
-from sottovoce.privacy.releases import Release
-from sottovoce.privacy.schedule import NoiseSchedule
+from sottovoce.privacy.gradients import engine as grouped_engine
+from sottovoce.privacy.gradients.clipping import STABILITY
+from sottovoce.privacy.gradients.grouping import track
+from sottovoce.privacy.gradients.micro_batches import MicroBatches, count_of
+from sottovoce.privacy.optimizer.releases import Release
+from sottovoce.privacy.optimizer.schedule import NoiseSchedule
 
 DELTA, THRESHOLD = 1e-5, 0.7
 SETTINGS: list[dict[str, Any]] = [

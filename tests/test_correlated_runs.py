@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 from small_runs import Killed, metrics, model, resume, run, strict, summary
 
 from sottovoce.client.errors import ConfigError, RunError
-from sottovoce.privacy.accountants import by_level, epsilon
-from sottovoce.privacy.correlated import PURPOSE, CorrelatedMechanism, from_claims
-from sottovoce.privacy.events import GaussianEvent
-from sottovoce.privacy.ledger import Ledger
-from sottovoce.privacy.noise import NoiseSource
-from sottovoce.privacy.optimised import NAMES, make_factorisation
-from sottovoce.privacy.separation import Schedule
-from sottovoce.privacy.tracker import EpsilonTracker
+from sottovoce.privacy.accounting.accountants import by_level, epsilon
+from sottovoce.privacy.accounting.events import GaussianEvent
+from sottovoce.privacy.accounting.ledger import Ledger
+from sottovoce.privacy.accounting.tracker import EpsilonTracker
+from sottovoce.privacy.mechanisms.correlated import PURPOSE, CorrelatedMechanism, from_claims
+from sottovoce.privacy.mechanisms.noise import NoiseSource
+from sottovoce.privacy.mechanisms.optimised import NAMES, make_factorisation
+from sottovoce.privacy.mechanisms.separation import Schedule
 from sottovoce.server import callbacks
 from sottovoce.server.claims import unit_claim
 from sottovoce.server.limits import validate

@@ -13,7 +13,7 @@ from sottovoce.client.batches import BatchPlan
 from sottovoce.client.descents import LocalDescent, stacked_norms
 from sottovoce.client.errors import ConfigError
 from sottovoce.client.fleet import DeviceOptimizer, ExampleClipping, LocalTraining
-from sottovoce.privacy.descent import SGD, AdamBC, Descent, make_descent
+from sottovoce.privacy.optimizer.descent import SGD, AdamBC, Descent, make_descent
 
 SHAPES = {"w": (3, 4), "b": (5,), "scalar": ()}
 STEPS = 7

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from sottovoce.client.errors import UnsupportedLayer
-from sottovoce.privacy.dropout import RowDropout, dropped, row_mask
-from sottovoce.privacy.engine import backward
-from sottovoce.privacy.grouping import group, track
-from sottovoce.privacy.tape import Tape
+from sottovoce.privacy.gradients.engine import backward
+from sottovoce.privacy.gradients.grouping import group, track
+from sottovoce.privacy.gradients.tape import Tape
+from sottovoce.privacy.layers.dropout import RowDropout, dropped, row_mask
 
 ROWS, LENGTH = 6, 5
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from sottovoce.privacy import EDPSGD, Ledger, NoiseSource, PoissonBatches, epsilon
-from sottovoce.privacy.batches import emptied
-from sottovoce.privacy.micro_batches import MicroBatches
+from sottovoce.privacy.gradients.micro_batches import MicroBatches
+from sottovoce.privacy.optimizer.batches import emptied
 
 DOCS = Path(__file__).parents[1] / "docs"
 BASE: dict[str, Any] = {

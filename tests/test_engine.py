@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from sottovoce.client.errors import UnsupportedLayer
 from sottovoce.privacy import clipped_gradients
-from sottovoce.privacy.clipping import clip_factors
-from sottovoce.privacy.engine import backward
-from sottovoce.privacy.grouping import group, ungroup
+from sottovoce.privacy.gradients.clipping import clip_factors
+from sottovoce.privacy.gradients.engine import backward
+from sottovoce.privacy.gradients.grouping import group, ungroup
 
 VOCABULARY, CLASSES = 13, 5
 

@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset, Wei
 
 from sottovoce.client.errors import UnsupportedLayer
 from sottovoce.privacy import EDPSGD, clipped_gradients
-from sottovoce.privacy.factors import Bag, Dense, Factor, OneHot, Summed, clipped_sum
-from sottovoce.privacy.norms import Memo, squared_norms
+from sottovoce.privacy.gradients.factors import Bag, Dense, Factor, OneHot, Summed, clipped_sum
+from sottovoce.privacy.gradients.norms import Memo, squared_norms
 
 
 def optimizer_of(model: nn.Module, **settings: object) -> EDPSGD:

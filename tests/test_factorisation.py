@@ -12,21 +12,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sottovoce.client.errors import ConfigError
-from sottovoce.privacy import series, tree
-from sottovoce.privacy.accountants import epsilon
-from sottovoce.privacy.calibration import calibrate_noise
-from sottovoce.privacy.correlated import zcdp_epsilon
-from sottovoce.privacy.events import GaussianEvent
-from sottovoce.privacy.factorisation import (
+from sottovoce.privacy.accounting.accountants import epsilon
+from sottovoce.privacy.accounting.calibration import calibrate_noise
+from sottovoce.privacy.accounting.events import GaussianEvent
+from sottovoce.privacy.mechanisms import series, tree
+from sottovoce.privacy.mechanisms.correlated import zcdp_epsilon
+from sottovoce.privacy.mechanisms.factorisation import (
     Banded,
     Buffered,
     Factorisation,
     InverseBanded,
     from_json,
 )
-from sottovoce.privacy.noise import NoiseSource
-from sottovoce.privacy.optimised import NAMES, bisr, blt, make_factorisation
-from sottovoce.privacy.separation import Schedule
+from sottovoce.privacy.mechanisms.noise import NoiseSource
+from sottovoce.privacy.mechanisms.optimised import NAMES, bisr, blt, make_factorisation
+from sottovoce.privacy.mechanisms.separation import Schedule
 from sottovoce.server.account import account
 
 SOURCE = NoiseSource.from_seed(3)

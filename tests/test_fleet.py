@@ -23,7 +23,7 @@ from sottovoce.client.batches import BatchPlan, draw_batches, largest
 from sottovoce.client.errors import ConfigError
 from sottovoce.client.fleet import ExampleClipping
 from sottovoce.client.training import GroupTrainer
-from sottovoce.privacy.noise import NoiseSource
+from sottovoce.privacy.mechanisms.noise import NoiseSource
 
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 

@@ -12,10 +12,10 @@ from small_runs import SMALL, metrics, run, summary
 from sottovoce.client.batches import BatchPlan
 from sottovoce.client.errors import ConfigError
 from sottovoce.client.fleet import ExampleClipping
-from sottovoce.privacy.accountants import epsilon
-from sottovoce.privacy.events import GaussianEvent
-from sottovoce.privacy.ledger import Ledger
-from sottovoce.privacy.noise import NoiseSource
+from sottovoce.privacy.accounting.accountants import epsilon
+from sottovoce.privacy.accounting.events import GaussianEvent
+from sottovoce.privacy.accounting.ledger import Ledger
+from sottovoce.privacy.mechanisms.noise import NoiseSource
 from sottovoce.server.account import account
 from sottovoce.server.config import validate
 from sottovoce.server.settings import compose

@@ -26,8 +26,8 @@ from sottovoce.client.fleet import DeviceOptimizer, ExampleClipping, FleetReply
 from sottovoce.client.models import make_model
 from sottovoce.client.thresholds import QuantileThresholds
 from sottovoce.client.training import sparse_table
-from sottovoce.privacy.descent import AdamBC
-from sottovoce.privacy.noise import NoiseSource
+from sottovoce.privacy.mechanisms.noise import NoiseSource
+from sottovoce.privacy.optimizer.descent import AdamBC
 from sottovoce.simulations.cohort import draw_cohort
 from sottovoce.simulations.fleet import SimulatedFleet
 from sottovoce.strategies.levels import activity_levels

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from sottovoce.client.errors import UnsupportedLayer
 from sottovoce.privacy import clipped_gradients
-from sottovoce.privacy.engine import backward
-from sottovoce.privacy.grouping import group, track, ungroup
+from sottovoce.privacy.gradients.engine import backward
+from sottovoce.privacy.gradients.grouping import group, track, ungroup
 
 ROWS, CLIP, VOCABULARY, WIDTH = 6, 0.4, 11, 8
 
@@ -261,7 +261,7 @@ def test_a_partly_frozen_layer_gives_only_what_is_trained(name: str, frozen: str
 
 
 def test_big_bags_take_torchs_kernel_and_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sottovoce.privacy.bags.SMALL", 0)
+    monkeypatch.setattr("sottovoce.privacy.layers.bags.SMALL", 0)
     for name in ("bag_mean", "bag_twice"):
         module, inputs = scattered(CASES[name].build(), 4), CASES[name].inputs()
         matches_the_loop(CASES[name], module, inputs)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sottovoce.client.errors import RunError
-from sottovoce.privacy.events import (
+from sottovoce.privacy.accounting.events import (
     Event,
     GaussianEvent,
     NonPrivateRelease,
@@ -20,7 +20,7 @@ from sottovoce.privacy.events import (
     event_from_json,
     event_to_json,
 )
-from sottovoce.privacy.ledger import Ledger
+from sottovoce.privacy.accounting.ledger import Ledger
 
 units = st.sampled_from(["device", "example"])
 observers = st.sampled_from(["release", "server", "fleet"])

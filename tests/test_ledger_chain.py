@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from sottovoce.client.errors import RunError
-from sottovoce.privacy import chain
-from sottovoce.privacy.accountants import epsilon
-from sottovoce.privacy.events import GaussianEvent, NonPrivateRelease
-from sottovoce.privacy.ledger import Ledger
+from sottovoce.privacy.accounting import chain
+from sottovoce.privacy.accounting.accountants import epsilon
+from sottovoce.privacy.accounting.events import GaussianEvent, NonPrivateRelease
+from sottovoce.privacy.accounting.ledger import Ledger
 
 LEVELS = ((0, 0.01, 1), (3, 0.2, 1))
 

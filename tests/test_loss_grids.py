@@ -11,7 +11,12 @@ from dp_accounting.pld import privacy_loss_mechanism as mechanism
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sottovoce.privacy.loss_grids import deltas_at, epsilon_at, epsilon_of, gaussian_losses
+from sottovoce.privacy.accounting.loss_grids import (
+    deltas_at,
+    epsilon_at,
+    epsilon_of,
+    gaussian_losses,
+)
 
 GRID = 1e-2
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from sottovoce.client.errors import RunError
 from sottovoce.privacy import EDPSGD, Ledger, epsilon
-from sottovoce.privacy.mechanisms import DeviceMechanism, variance_bound
-from sottovoce.privacy.noise import NoiseSource
+from sottovoce.privacy.mechanisms.device import DeviceMechanism, variance_bound
+from sottovoce.privacy.mechanisms.noise import NoiseSource
 
 SIZE = 200_000
 MECHANISM = DeviceMechanism(clip_norm=0.5, noise_multiplier=1.2, local_variance_bound=0.7)

@@ -12,12 +12,12 @@ from reference import clipped_loop
 from torch import Tensor, nn
 
 from sottovoce.client.errors import ConfigError, UnsupportedLayer
-from sottovoce.privacy import engine
-from sottovoce.privacy.clipping import Clipping
-from sottovoce.privacy.micro_batches import MicroBatches
+from sottovoce.privacy.gradients import engine
+from sottovoce.privacy.gradients.clipping import Clipping
+from sottovoce.privacy.gradients.micro_batches import MicroBatches
 
 pytest.importorskip("opacus")
-from sottovoce.privacy import opacus_engine  # noqa: E402
+from sottovoce.privacy.gradients import opacus_engine  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 
@@ -262,7 +262,7 @@ def test_evaluation_mode_is_refused_not_released() -> None:
 
 
 def test_a_missing_opacus_is_one_line_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "sottovoce.privacy.opacus_layers", raising=False)
+    monkeypatch.delitem(sys.modules, "sottovoce.privacy.gradients.opacus_layers", raising=False)
     monkeypatch.setitem(sys.modules, "opacus.grad_sample.embedding", None)
     with pytest.raises(ConfigError, match=r'pip install "sottovoce\[opacus\]"'):
         opacus_engine.track(seeded(lambda: Reader(nn.Identity())))

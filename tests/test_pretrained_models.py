@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from sottovoce.client.errors import UnsupportedLayer
 from sottovoce.privacy import clipped_gradients
-from sottovoce.privacy.engine import backward
-from sottovoce.privacy.grouping import group, track, ungroup
-from sottovoce.privacy.layers import Leaf
+from sottovoce.privacy.gradients.engine import backward
+from sottovoce.privacy.gradients.grouping import group, track, ungroup
+from sottovoce.privacy.layers.linear import Leaf
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 

@@ -27,7 +27,7 @@ from sottovoce.client.models.pretrained_base import set_dropout
 from sottovoce.client.tasks import Task, make_task
 from sottovoce.client.vocabulary import EOS, FIRST, FileVocabulary, HashVocabulary
 from sottovoce.privacy import clipped_gradients
-from sottovoce.privacy.noise import NoiseSource
+from sottovoce.privacy.mechanisms.noise import NoiseSource
 from sottovoce.server import callbacks, cli
 from sottovoce.server.limits import validate
 from sottovoce.server.runs import load_run

@@ -20,9 +20,9 @@ from sottovoce.client.errors import ConfigError
 from sottovoce.client.figures import device_figures
 from sottovoce.client.fleet import FleetReply
 from sottovoce.client.groups import LocalUpdates
-from sottovoce.privacy.ledger import Ledger
-from sottovoce.privacy.noise import NoiseSource
-from sottovoce.privacy.private_metrics import (
+from sottovoce.privacy.accounting.ledger import Ledger
+from sottovoce.privacy.mechanisms.noise import NoiseSource
+from sottovoce.privacy.mechanisms.private_metrics import (
     FIGURES,
     NORMS,
     PREFIX,

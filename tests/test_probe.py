@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from sottovoce.client.errors import UnsupportedLayer
 from sottovoce.privacy import clipped_gradients
-from sottovoce.privacy.engine import backward
-from sottovoce.privacy.grouping import track
+from sottovoce.privacy.gradients.engine import backward
+from sottovoce.privacy.gradients.grouping import track
 
 ROWS = WIDTH = 4
 

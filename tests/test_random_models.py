@@ -17,8 +17,8 @@ from reference import clipped_loop
 from torch import Tensor, nn
 
 from sottovoce.privacy import EDPSGD, NoiseSource, clipped_gradients
-from sottovoce.privacy.engine import backward
-from sottovoce.privacy.grouping import group, ungroup
+from sottovoce.privacy.gradients.engine import backward
+from sottovoce.privacy.gradients.grouping import group, ungroup
 
 VOCABULARY, WIDTH, ROWS, CLIP = 9, 4, 2, 0.5
 

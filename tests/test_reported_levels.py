@@ -17,10 +17,10 @@ from small_runs import metrics, run, summary
 
 from sottovoce.client.batches import BatchPlan
 from sottovoce.client.errors import ConfigError
-from sottovoce.privacy.accountants import epsilon
-from sottovoce.privacy.events import GaussianEvent
-from sottovoce.privacy.ledger import Ledger
-from sottovoce.privacy.noise import NoiseSource
+from sottovoce.privacy.accounting.accountants import epsilon
+from sottovoce.privacy.accounting.events import GaussianEvent
+from sottovoce.privacy.accounting.ledger import Ledger
+from sottovoce.privacy.mechanisms.noise import NoiseSource
 from sottovoce.server.limits import validate
 from sottovoce.server.settings import compose
 from sottovoce.simulations.assistant import AssistantPopulation

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from small_runs import FIXED_NOISE, SMALL, Killed, metrics, model, resume, run, summary
 
-from sottovoce.privacy.accountants import epsilon
-from sottovoce.privacy.ledger import Ledger
+from sottovoce.privacy.accounting.accountants import epsilon
+from sottovoce.privacy.accounting.ledger import Ledger
 from sottovoce.server import callbacks, checkpoints, training
 from sottovoce.server.checkpoints import load_checkpoint, load_latest
 from sottovoce.strategies.noised_sum import NoisedSum

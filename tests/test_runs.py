@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from small_runs import FIXED_NOISE, SMALL, metrics, model, resume, run, strict, summary
 
 from sottovoce.privacy import Ledger, epsilon
-from sottovoce.privacy.events import GaussianEvent, NonPrivateRelease
+from sottovoce.privacy.accounting.events import GaussianEvent, NonPrivateRelease
 from sottovoce.server import cli
 from sottovoce.server.runs import load_run
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sottovoce.client.errors import ConfigError
-from sottovoce.privacy.noise import NoiseSource
+from sottovoce.privacy.mechanisms.noise import NoiseSource
 from sottovoce.strategies.counts import exact_counts, model_counts, noised_counts
 from sottovoce.strategies.levels import MAX_LEVEL, activity_levels, representative_size
 from sottovoce.strategies.rates import ActivityWeight, rates_from_counts

@@ -21,9 +21,9 @@ from sottovoce.client.errors import RunError
 from sottovoce.client.fleet import ExampleClipping, FleetReply, LocalTraining
 from sottovoce.client.messages import read_reply, read_train_content, reply_content, to_record
 from sottovoce.privacy import Ledger, epsilon
-from sottovoce.privacy.events import GaussianEvent
-from sottovoce.privacy.mechanisms import DeviceMechanism
-from sottovoce.privacy.noise import NoiseSource
+from sottovoce.privacy.accounting.events import GaussianEvent
+from sottovoce.privacy.mechanisms.device import DeviceMechanism
+from sottovoce.privacy.mechanisms.noise import NoiseSource
 from sottovoce.server.budget import RunBudget, touched
 from sottovoce.server.callbacks import RequestLog
 from sottovoce.server.checkpoints import RunState, load_checkpoint, save_checkpoint
