@@ -81,7 +81,9 @@ def start(folder: Path, *overrides: str) -> subprocess.Popen[str]:
     words = [*SMALL, *SETTINGS, f"rounds={LONG}", f"run.dir={folder}", *overrides]
     command = [sys.executable, "-m", "sottovoce.server.cli", "simulate", *words]
     return subprocess.Popen(
-        command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ}
+        command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ},
+        # A suite that runs in the background hands down an ignored SIGINT.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
