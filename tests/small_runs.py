@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 from typing import Any, NoReturn
 
-from sottovoce.server import cli
+import pytest
+
+from sottovoce.server import callbacks, cli
 from sottovoce.server.settings import compose
 from sottovoce.server.simulate import simulate
 
@@ -40,6 +42,21 @@ def run(folder: Path, *overrides: str) -> int:
     """A new run in `folder`; its exit code."""
     folder.mkdir(parents=True)
     return simulate(compose([*SMALL, *overrides]), folder)
+
+
+def run_until_killed(folder: Path, *overrides: str, at: int) -> None:
+    """A new run in `folder` that dies in round `at`, its ledger and metrics written, unsaved."""
+    told = callbacks.Checkpoints.on_round
+
+    def killing(self: Any, state: Any, record: Any) -> None:
+        if state.round == at:
+            raise Killed
+        told(self, state, record)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(callbacks.Checkpoints, "on_round", killing)
+        with pytest.raises(Killed):
+            run(folder, *overrides)
 
 
 def resume(folder: Path) -> int:

@@ -15,7 +15,7 @@ from flwr.clientapp import ClientApp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_fleets import DEVICES, NOISED, assert_same, fleet, parameters_of
-from small_runs import Killed, metrics, model, resume, run, summary
+from small_runs import metrics, model, resume, run, run_until_killed, summary
 from torch import Tensor
 
 from sottovoce.client.batches import BatchPlan
@@ -33,7 +33,6 @@ from sottovoce.privacy.accounting.ledger import Ledger
 from sottovoce.privacy.mechanisms.adaptive import AdaptiveMechanism
 from sottovoce.privacy.mechanisms.noise import NoiseSource
 from sottovoce.privacy.optimizer.quantile import QuantileClip
-from sottovoce.server import callbacks
 from sottovoce.server.limits import validate
 from sottovoce.server.settings import compose
 from sottovoce.simulations.grid import LocalGrid
@@ -260,17 +259,7 @@ def test_killed_and_resumed_it_ends_as_if_it_had_never_stopped(
     monkeypatch.chdir(tmp_path)
     whole, folder = tmp_path / "whole", tmp_path / "run"
     assert run(whole, *RUN) == 0
-    told = callbacks.Checkpoints.on_round
-
-    def killing(self: Any, state: Any, record: Any) -> None:
-        if state.round == 4:
-            raise Killed
-        told(self, state, record)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(callbacks.Checkpoints, "on_round", killing)
-        with pytest.raises(Killed):
-            run(folder, *RUN)
+    run_until_killed(folder, *RUN, at=4)
     assert resume(folder) == 0
     assert model(folder) == model(whole)
     norms = [record["clip_norm"] for record in metrics(whole)[1:]]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_runs import Killed, metrics, model, resume, run, strict, summary
+from small_runs import metrics, model, resume, run, run_until_killed, strict, summary
 
 from sottovoce.client.errors import ConfigError, RunError
 from sottovoce.privacy.accounting.accountants import by_level, epsilon
@@ -313,17 +313,7 @@ def test_killed_and_resumed_it_ends_as_if_it_had_never_stopped(
     monkeypatch.chdir(tmp_path)
     whole, folder = tmp_path / "whole", tmp_path / "run"
     assert run(whole, *with_mechanism(name)) == 0
-    told = callbacks.Checkpoints.on_round
-
-    def killing(self: Any, state: Any, record: Any) -> None:
-        if state.round == 4:
-            raise Killed
-        told(self, state, record)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(callbacks.Checkpoints, "on_round", killing)
-        with pytest.raises(Killed):
-            run(folder, *with_mechanism(name))
+    run_until_killed(folder, *with_mechanism(name), at=4)
     assert resume(folder) == 0
     assert model(folder) == model(whole)
     assert without_seconds(folder) == without_seconds(whole)

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from small_fleets import DEVICES, fleet, parameters_of
-from small_runs import Killed, metrics, model, resume, run, summary
+from small_runs import metrics, model, resume, run, run_until_killed, summary
 
 from sottovoce.client.errors import ConfigError
 from sottovoce.client.figures import device_figures
@@ -30,7 +30,6 @@ from sottovoce.privacy.mechanisms.private_metrics import (
     PrivateMetrics,
     default_noise,
 )
-from sottovoce.server import callbacks
 from sottovoce.server.checkpoints import load_latest
 from sottovoce.server.limits import validate
 from sottovoce.server.metrics_setup import private_metrics
@@ -190,17 +189,7 @@ def test_killed_and_resumed_it_ends_as_if_it_had_never_stopped(
     words = (*RUN, f"privacy.device.clipping={clipping}")
     whole, folder = tmp_path / "whole", tmp_path / "run"
     assert run(whole, *words) == 0
-    told = callbacks.Checkpoints.on_round
-
-    def killing(self: Any, state: Any, record: Any) -> None:
-        if state.round == 2:
-            raise Killed
-        told(self, state, record)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(callbacks.Checkpoints, "on_round", killing)
-        with pytest.raises(Killed):
-            run(folder, *words)
+    run_until_killed(folder, *words, at=2)
     assert resume(folder) == 0
     assert model(folder) == model(whole)
     untimed = [
@@ -219,17 +208,7 @@ def test_figures_of_a_round_that_is_asked_for_again_are_not_released_twice(
     """Where fleets draw afresh, the same noise on other figures would show their difference."""
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "run"
-    told = callbacks.Checkpoints.on_round
-
-    def killing(self: Any, state: Any, record: Any) -> None:
-        if state.round == 2:
-            raise Killed
-        told(self, state, record)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(callbacks.Checkpoints, "on_round", killing)
-        with pytest.raises(Killed):
-            run(folder, *RUN)
+    run_until_killed(folder, *RUN, at=2)
     text = (folder / "config.yaml").read_text(encoding="utf-8")
     experiment = build_experiment(text)
     state, _ = load_latest(folder / "checkpoints")

@@ -102,8 +102,6 @@ class TrackedConv1d(Leaf):
         else:
             side = 0 if isinstance(layer.padding, str) else int(layer.padding[0])
             self.sides = (side, side)
-        if layer.bias is None:
-            self.register_parameter("bias", None)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() != 3:

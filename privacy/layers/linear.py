@@ -59,7 +59,7 @@ class Leaf(nn.Module):
         self.tape = tape
         self.names = names  # own parameter name -> name in the model, trainable ones only
         self.train(layer.training)
-        for name, parameter in layer.named_parameters(recurse=False):
+        for name, parameter in layer._parameters.items():  # None where a bias is left out
             self.register_parameter(name, parameter)
 
     def record(self, own_name: str, factor: Factor) -> None:
@@ -95,8 +95,6 @@ class TrackedLinear(Leaf):
     def __init__(self, layer: nn.Linear, tape: Tape, names: dict[str, str]) -> None:
         super().__init__(layer, tape, names)
         self.in_features, self.out_features = layer.in_features, layer.out_features
-        if layer.bias is None:
-            self.register_parameter("bias", None)
 
     def forward(self, x: Tensor) -> Tensor:
         self.tape.see(x.shape[0])
@@ -242,8 +240,6 @@ class TrackedLayerNorm(Leaf):
                 "supported; freeze the layer or normalise one dimension"
             )
         self.normalized_shape, self.eps = layer.normalized_shape, layer.eps
-        if layer.bias is None:
-            self.register_parameter("bias", None)
 
     def forward(self, x: Tensor) -> Tensor:
         self.tape.see(x.shape[0])

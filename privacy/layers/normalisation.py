@@ -217,8 +217,6 @@ class TrackedGroupNorm(Leaf):
         super().__init__(layer, tape, names)
         self.num_groups, self.num_channels = layer.num_groups, layer.num_channels
         self.eps = layer.eps
-        if layer.bias is None:
-            self.register_parameter("bias", None)
 
     def forward(self, x: Tensor) -> Tensor:
         self.tape.see(x.shape[0])
