@@ -26,12 +26,16 @@ from sottovoce.client.fleet import LocalTraining
 from sottovoce.privacy.gradients.clipping import clip_factors
 from sottovoce.privacy.optimizer.descent import AdamBC, Descent, Tensors, make_descent
 
+FEW = 1 << 15  # numbers that may be added up one after the other
+
 
 class LocalDescent:
-    """K devices on their way. `weights`: by name (K, *shape), moved in place; `steps`: (K,).
+    """K devices on their way from `origin`, by name (K, *shape), which stays as it is.
 
-    `signal`: what a device's data did, by name (K, *shape); `noise`: its own noise, or None where
-    there is none, or none apart. `clipped`: (K,) bool, whose signal was cut down.
+    `steps`: (K,), descending: whoever takes a step are the first ones. `weights`: where the devices
+    are, by name (K, *shape); none before the first step. `signal`: what a device's data did, known
+    after `finish`, and `noise`: its own noise, or None where there is none, or none apart.
+    `clipped`: (K,) bool, whose signal was cut down.
 
     *Guarantee*: with S = `training.update_clip_norm`, |signal| <= S for each device after `finish`,
     whatever its data and noise (device unit), and the whole update is post-processing of sums that
@@ -56,19 +60,22 @@ class LocalDescent:
     """
 
     def __init__(
-        self, training: LocalTraining, weights: Tensors, steps: NDArray[np.int64], *, noised: bool
+        self, training: LocalTraining, origin: Tensors, steps: NDArray[np.int64], *, noised: bool
     ) -> None:
-        self.training, self.weights = training, weights
+        self.training, self.origin = training, origin
         self.steps = torch.from_numpy(steps)
-        self.signal = {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
-        self.noise: Tensors | None = None
-        self._descent = _descent(training)
+        self.weights: Tensors = {}
+        self.signal: Tensors = {}
+        self.noise: Tensors | None = {} if noised and training.linear else None
+        # Beside noise, or where it pulls on the next step, the signal is kept step by step: the
+        # difference of weights would be rounded. Else that difference is the signal.
+        self._follows = self.noise is not None or training.drag > 0
+        self._descent, self._noise_descent = _descent(training), _descent(training)
         self._variances = torch.zeros(len(steps))
-        if noised and training.linear:
-            self.noise = {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
-            self._noise_descent = _descent(training)
-        decays = training.optimizer.weight_decay > 0
-        self._origin = {name: t.clone() for name, t in weights.items()} if decays else {}
+        optimizer = training.optimizer
+        # Plain SGD moves by the learning rate times the gradient, which needs no tensor of its own.
+        self._rate = training.learning_rate if training.plain else 1.0
+        self._pulled_from = origin if optimizer.weight_decay > 0 else {}
         self.clipped = torch.zeros(len(steps), dtype=torch.bool)
         if training.projects_steps:
             self._radii, self._pulls = _public_shares(training, steps)
@@ -80,76 +87,158 @@ class LocalDescent:
         drawn: Tensors | None,
         deviation: float | Tensor = 0.0,
     ) -> None:
-        """Step `number` of every device that still has one; both sets of tensors are used up.
+        """Step `number` of the first n devices, which still have one; both sets are used up.
 
-        `gradients`: (K, *shape) sums over the (expected) batch size. `drawn`: their noise, of a
-        `deviation` that the devices' Adam must know where it is their own (K,).
+        `gradients`: (n, *shape) sums over the (expected) batch size. `drawn`: their noise, or that
+        of the first ones where the others have none, of a `deviation` that the devices' Adam must
+        know where it is their own (n,).
         """
         if self.training.projects_steps:
             self._project(number, gradients)
         if drawn is not None and self.noise is None:
             for name, draw in drawn.items():
-                gradients[name].add_(draw)
+                gradients[name][: len(draw)].add_(draw)
+            drawn = None
+        if self.noise is not None and not self.training.plain:
+            drawn = _filled(drawn or {}, gradients)  # without noise, momentum still moves
         if isinstance(deviation, Tensor) and isinstance(self._descent, AdamBC):
             self._average(self._descent, deviation**2)
-        self._move(number, self.signal, self._descent.step(gradients), self._origin)
+        moves = self._moves(self._descent, gradients, self.signal, self._pulled_from)
+        noises: Tensors = {}
         if drawn is not None and self.noise is not None:
-            self._move(number, self.noise, self._noise_descent.step(drawn), {})
+            noises = self._moves(self._noise_descent, drawn, self.noise, {})
+        for name, move in moves.items():
+            self._go(name, move)
+            if name in noises:
+                self.weights[name][: len(noises[name])].sub_(noises[name], alpha=self._rate)
+            if self._follows:
+                self._take_away(self.signal, name, move)
+        for name, move in noises.items():
+            assert self.noise is not None
+            self._take_away(self.noise, name, move)
 
-    def _average(self, adam: AdamBC, variances: Tensor) -> None:
-        """Second moments hold the noise of several steps: what they have of it, for each device."""
-        beta, steps = adam.beta2, adam.count + 1
-        self._variances = beta * self._variances + (1 - beta) * variances
-        adam.noise_variance = self._variances / (1 - beta**steps)
+    @property
+    def direct(self) -> bool:
+        """Whether a step only moves `weights`, by the learning rate times the gradient."""
+        return self.training.plain and not self._follows and self.training.example is None
+
+    def begin(self) -> None:
+        """Put all devices at their origin, ready to be moved in place."""
+        self.weights = {
+            name: start.clone(memory_format=torch.contiguous_format)
+            for name, start in self.origin.items()
+        }
 
     def finish(self) -> tuple[Tensor, Tensor]:
         """Clip what is not clipped yet. Norms (K,) before that, and which are finite (K,).
 
         A device whose signal is not finite is left with a signal of zero: it must be dropped.
         """
-        norms = stacked_norms(self.signal)
-        finite = torch.isfinite(norms)
-        if not bool(finite.all()):
-            for tensor in self.signal.values():
-                tensor[~finite] = 0.0
-        bound = self.training.update_clip_norm
-        if bound is not None and not self.training.projects_steps:
-            self.clipped = norms > bound
-            _scale(self.signal, clip_factors(norms, bound, len(norms)))
+        for name, origin in self.origin.items():
+            if name not in self.weights:
+                self.weights[name] = origin.clone()
+            if not self._follows:
+                self.signal[name] = self.weights[name].sub_(origin)
+            elif name not in self.signal:
+                self.signal[name] = torch.zeros_like(self.weights[name])
+            if self.noise is not None and name not in self.noise:
+                self.noise[name] = torch.zeros_like(self.weights[name])
+        bound = None if self.training.projects_steps else self.training.update_clip_norm
+        norms, finite, clipped = finished(self.signal, bound)
+        self.clipped |= clipped
         return norms, finite
+
+    def _go(self, name: str, move: Tensor) -> None:
+        if name not in self.weights:
+            if len(move) == len(self.steps):
+                self.weights[name] = torch.sub(self.origin[name], move, alpha=self._rate)
+                return
+            self.weights[name] = self.origin[name].clone()
+        self.weights[name][: len(move)].sub_(move, alpha=self._rate)
+
+    def _take_away(self, part: Tensors, name: str, move: Tensor) -> None:
+        """part - move; the first move, which nobody else needs any more, becomes the part."""
+        if name not in part:
+            if len(move) == len(self.steps):
+                part[name] = move.mul_(-self._rate)
+                return
+            part[name] = move.new_zeros((len(self.steps), *move.shape[1:]))
+        part[name][: len(move)].sub_(move, alpha=self._rate)
+
+    def _average(self, adam: AdamBC, variances: Tensor) -> None:
+        """Second moments hold the noise of several steps: what they have of it, for each device."""
+        beta, steps = adam.beta2, adam.count + 1
+        self._variances = beta * self._variances[: len(variances)] + (1 - beta) * variances
+        adam.noise_variance = self._variances / (1 - beta**steps)
 
     def _project(self, number: int, gradients: Tensors) -> None:
         """Each device's z_s = g_s + k_s wd theta_0 to its radius, and its g_s back from it."""
-        pull = self._pulls[(self.steps - 1 - number).clamp_min(0)]
-        for name, origin in self._origin.items():
-            gradients[name].add_(origin * columns(pull, origin))
-        norms = stacked_norms(gradients)
-        _scale(gradients, clip_factors(norms, self._radii, len(norms)))
-        for name, origin in self._origin.items():
-            gradients[name].sub_(origin * columns(pull, origin))
-        self.clipped |= (norms > self._radii) & (self.steps > number)
+        here = len(next(iter(gradients.values())))
+        pull = self._pulls[self.steps[:here] - 1 - number]
+        for name, origin in self._pulled_from.items():
+            gradients[name].add_(origin[:here] * columns(pull, origin))
+        norms, radii = stacked_norms(gradients), self._radii[:here]
+        _scale(gradients, clip_factors(norms, radii, here))
+        for name, origin in self._pulled_from.items():
+            gradients[name].sub_(origin[:here] * columns(pull, origin))
+        self.clipped[:here] |= norms > radii
 
-    def _move(self, number: int, part: Tensors, moves: Tensors, origin: Tensors) -> None:
-        """Take `moves` and the pulls away from one part and from the weights."""
+    def _moves(
+        self, descent: Descent, gradients: Tensors, part: Tensors, origin: Tensors
+    ) -> Tensors:
+        """What a part of the way takes away in this step, pulls included."""
         training = self.training
-        still = (self.steps > number).to(torch.float32)
-        together = bool(still.all())
+        if training.plain:
+            return gradients
+        moves = descent.step(gradients)
+        decay = training.learning_rate * training.optimizer.weight_decay
         for name, move in moves.items():
-            if training.drag:
-                move.add_(part[name], alpha=training.drag)
+            if training.drag and name in part:
+                move.add_(part[name][: len(move)], alpha=training.drag)
             if origin:
-                decay = training.learning_rate * training.optimizer.weight_decay
-                move.add_(origin[name], alpha=decay)
-            if not together:
-                move.mul_(columns(still, move))
-            part[name].sub_(move)
-            self.weights[name].sub_(move)
+                move.add_(origin[name][: len(move)], alpha=decay)
+        return moves
+
+
+def _filled(drawn: Tensors, like: Tensors) -> Tensors:
+    """`drawn` with zeros for those at the end that are in `like` alone."""
+    found = {name: torch.zeros_like(tensor) for name, tensor in like.items()}
+    for name, draw in drawn.items():
+        found[name][: len(draw)] = draw
+    return found
+
+
+def finished(signal: Tensors, bound: float | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Signals (K, *shape) clipped in place to `bound`; unclipped norms, who is finite, who clipped.
+
+    All (K,). A signal that is not finite becomes zero.
+    """
+    norms = stacked_norms(signal)
+    finite = torch.isfinite(norms)
+    if not bool(finite.all()):
+        for tensor in signal.values():
+            tensor[~finite] = 0.0
+    if bound is None:
+        return norms, finite, torch.zeros(len(norms), dtype=torch.bool)
+    clipped = norms > bound
+    if bool(clipped.any()):
+        _scale(signal, clip_factors(norms, bound, len(norms)))
+    return norms, finite, clipped
 
 
 def stacked_norms(tensors: Tensors) -> Tensor:
     """(K,) L2 norm of each device's tensors, over all names together."""
-    squares = [tensor.reshape(len(tensor), -1).pow(2).sum(1) for tensor in tensors.values()]
-    return torch.stack(squares).sum(0).sqrt()
+    parts = [_row_norms(tensor.reshape(len(tensor), -1)) for tensor in tensors.values()]
+    norms: Tensor = torch.linalg.vector_norm(torch.stack(parts), dim=0)
+    return norms
+
+
+def _row_norms(rows: Tensor) -> Tensor:
+    """(K,) of (K, n): `vector_norm` is quick, but adds up one after the other, so few only."""
+    if rows.shape[1] <= FEW:
+        norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
+        return norms
+    return rows.pow(2).sum(1).sqrt()
 
 
 def _descent(training: LocalTraining) -> Descent:

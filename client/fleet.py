@@ -77,6 +77,11 @@ class LocalTraining:
         return 0.0 if self.example is None else self.example.deviation(self.plan.batch_size)
 
     @property
+    def plain(self) -> bool:
+        """Whether a step is minus the learning rate times its gradient, and no more."""
+        return self.optimizer.name == "sgd" and not self.optimizer.momentum and not self.drag
+
+    @property
     def linear(self) -> bool:
         """Whether an update is a sum of its steps with public coefficients, as is its own noise.
 
@@ -121,14 +126,22 @@ class LocalTraining:
         return float(weights @ weights) * (self.learning_rate * self.step_deviation) ** 2
 
 
+ABSENCES = ("unavailable", "failed", "late")
+"""Totals that count devices which did not answer under `conditions`, by the reason."""
+
+PARTIAL = "partial"
+"""The total that counts devices which handed in a part of their work."""
+
+
 @dataclass
 class FleetReply:
     """What a fleet returns for a round.
 
     `sums`: summed clipped updates by parameter name. `devices_by_level`: devices in the sum.
-    `dropped`: devices left out for a non-finite update. `totals`: sums over devices or rows, from
-    which the coordinator makes means: examples, loss, clipped_devices, clipped_examples, norm; or,
-    where metrics are private, the `bounded_figures` of devices alone.
+    `dropped`: devices left out, for a non-finite update or as `ABSENCES`. `totals`: sums over
+    devices or rows, from which the coordinator makes means: examples, loss, clipped_devices,
+    clipped_examples, norm; or, where metrics are private, the `bounded_figures` of devices alone.
+    Beside them the counts of `ABSENCES` and `PARTIAL`, where conditions are simulated.
     """
 
     sums: dict[str, Tensor]

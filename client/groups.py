@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sottovoce.client.tasks import Batch
+from sottovoce.privacy.mechanisms.noise_streams import NoiseStreams
 
 PASS_COST = 24
 
@@ -22,9 +23,9 @@ class GroupData:
     that count in each row. `rows`: for each step, (K, B) indices into the batch, each device's from
     its shortest example to its longest, filled up in front with the null row (length 0).
     `touched`: (K, U) embedding rows that each device uses, row 0 first, padded with 0;
-    `touched_counts`: (K,). `steps`: (K,) steps of each. `seeds`: (batch rows, steps) of dropout,
-    or None where there is none. `micro_batches`: (batch rows, steps) number of the example's
-    micro-batch, those of the first device first, -1 for the null row; or None.
+    `touched_counts`: (K,). `steps`: (K,) steps of each, descending. `seeds`: (batch rows, steps) of
+    dropout, or None where there is none. `micro_batches`: (batch rows, steps) number of the
+    example's micro-batch, those of the first device first, -1 for the null row; or None.
     """
 
     batch: Batch
@@ -42,7 +43,9 @@ class LocalUpdates:
 
     `signal`: by name (K, *shape), the data-dependent part, already clipped. `noise`: the same
     shapes, or None. `finite`: (K,) bool. `norms`: (K,) of the unclipped signal. `losses`: (K,) of
-    each device, summed over the examples it visited; `visits`: (K,) how many those were.
+    each device, summed over the examples it visited; `visits`: (K,) how many those were. `owed`:
+    (K,) variance of noise that is part of the update but not in `noise`, in each of its
+    coordinates: whoever adds updates up draws it for the sum; None where nothing is owed.
     """
 
     signal: dict[str, Tensor]
@@ -53,6 +56,7 @@ class LocalUpdates:
     losses: Tensor
     visits: Tensor
     clipped_examples: int
+    owed: Tensor | None = None
 
     @property
     def loss(self) -> float:
@@ -65,11 +69,11 @@ class LocalUpdates:
 
 @dataclass
 class DeviceNoise:
-    """Each device's own generators: of the noise on its sums, None for no noise; on its counts,
-    needed where thresholds follow a quantile.
+    """Each device's own noise: on its sums, None for no noise; on its counts, needed where
+    thresholds follow a quantile. For the devices that are really there.
     """
 
-    sums: list[np.random.Generator] | None = None
+    sums: NoiseStreams | None = None
     counts: list[np.random.Generator] | None = None
 
 

@@ -7,6 +7,7 @@ totals for the whole fleet.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -88,7 +89,9 @@ def reply_content(reply: FleetReply) -> RecordDict:
 def read_reply(content: RecordDict, expected: Mapping[str, Tensor]) -> FleetReply:
     """A fleet's answer, checked against the parameters it was sent.
 
-    Raises RunError naming the first key, shape, dtype or value that is wrong.
+    Raises RunError naming the first key, shape, dtype or value that is wrong. A total that is not
+    finite counts as 0: it is a figure about devices whose sums are sound, and one device's figure
+    must not decide on the sums of the others.
     """
     sums = to_tensors(content.array_records["sums"])
     if set(sums) != set(expected):
@@ -105,7 +108,7 @@ def read_reply(content: RecordDict, expected: Mapping[str, Tensor]) -> FleetRepl
     metrics = content.metric_records["metrics"]
     pairs = zip(metrics["levels"], metrics["devices"], strict=True)  # type: ignore[arg-type]
     totals = {
-        name.removeprefix("total."): float(value)  # type: ignore[arg-type]
+        name.removeprefix("total."): _finite(value)
         for name, value in metrics.items()
         if name.startswith("total.")
     }
@@ -116,6 +119,11 @@ def read_reply(content: RecordDict, expected: Mapping[str, Tensor]) -> FleetRepl
         int(metrics["dropped"]),  # type: ignore[arg-type]
         totals,
     )
+
+
+def _finite(value: object) -> float:
+    number = float(value)  # type: ignore[arg-type]
+    return number if math.isfinite(number) else 0.0
 
 
 def to_record(tensors: Mapping[str, Tensor]) -> ArrayRecord:

@@ -16,7 +16,7 @@ from sottovoce.privacy.gradients.clipping import Clipping
 
 class Thresholds:
     """The same rule in every step. `rule`: for the engine. `deviation`: of the noise in a step's
-    mean gradient: a number, or (K,) where devices differ.
+    mean gradient: a number, or (n,) where the n devices that take a step differ.
     """
 
     rule: Clipping | None
@@ -26,11 +26,14 @@ class Thresholds:
         self.rule = None if example is None else example.rule
         self.deviation = 0.0 if example is None else example.deviation(batch_size)
 
+    def take(self, devices: int) -> None:
+        """A step of the first `devices` begins: fewer from step to step."""
+
     def count(self, norms: Tensor, present: Tensor) -> None:
         """Note the norms of one step's units, group by group, where `present`."""
 
-    def move(self, active: Tensor) -> None:
-        """The step is over for all devices, of which (K,) `active` had one to take."""
+    def move(self) -> None:
+        """The step is over."""
 
 
 class QuantileThresholds(Thresholds):
@@ -54,30 +57,29 @@ class QuantileThresholds(Thresholds):
         self._units = example.units(batch_size)
         self._clips = [example.quantile(batch_size) for _ in range(devices)]
         self._multiplier = self._clips[0].sum_multiplier(example.noise_multiplier)
+        self.take(devices)
+
+    def take(self, devices: int) -> None:
+        self._here = devices
         self._counts = torch.zeros(devices, dtype=torch.float64)
-        self._refresh()
+        self._norms = torch.tensor([clip.clip_norm for clip in self._clips[:devices]])
+        self.rule = self._example.rule.at(self._norms)
+        self.deviation = self._norms * (self._multiplier / self._units)
 
     def count(self, norms: Tensor, present: Tensor) -> None:
         if not len(norms):
             return
-        below, there = (part.view(len(self._clips), -1) for part in (
+        below, there = (part.view(self._here, -1) for part in (
             (norms <= self._per_unit(norms)) & present, present))
         self._counts += below.sum(1) - 0.5 * there.sum(1)
 
-    def move(self, active: Tensor) -> None:
-        for k in torch.nonzero(active).flatten().tolist():
+    def move(self) -> None:
+        for k in range(min(self._here, len(self._counters))):
             noise = self._clips[k].count_noise * float(self._counters[k].standard_normal())
             self._clips[k].update(float(self._counts[k]) + noise, self._units)
-        self._counts.zero_()
-        self._refresh()
 
     def _per_unit(self, norms: Tensor) -> Tensor:
-        return self._norms.repeat_interleave(len(norms) // len(self._clips))
-
-    def _refresh(self) -> None:
-        self._norms = torch.tensor([clip.clip_norm for clip in self._clips])
-        self.rule = self._example.rule.at(self._norms)
-        self.deviation = self._norms * (self._multiplier / self._units)
+        return self._norms.repeat_interleave(len(norms) // self._here)
 
 
 def make_thresholds(

@@ -50,6 +50,12 @@ class Subwords:
         self.before, self.after = _frame(self._tokenizer)
         self._space = " " if _marks_spaces(self._tokenizer) else ""
 
+    @property
+    def entries(self) -> list[str]:
+        """Its pieces, by id."""
+        vocabulary: dict[str, int] = self._tokenizer.get_vocab()
+        return sorted(vocabulary, key=vocabulary.__getitem__)
+
     def pieces(self, word: str) -> list[int]:
         """The tokenizer's ids of one word; none where nothing is left of it."""
         ids: list[int] = self._tokenizer.encode(self._space + word, add_special_tokens=False).ids

@@ -1,4 +1,4 @@
-"""Local training of K devices at once; an edge device is K = 1.
+"""Local training of K devices; an edge device is K = 1.
 
 Each device starts from the global model and takes its own number of steps along
 
@@ -8,6 +8,11 @@ by its optimiser (`LocalDescent`), and what it hands over is clip(signal part) +
 `LocalUpdates`). The embedding table is cut down to the rows that a device's text touches wherever
 all other rows would stay put: the cut changes nothing, and their noise is drawn once for the whole
 sum (`RoundSum`).
+
+All K devices take their first step from the same weights: one set of matrices serves all of their
+rows, and stacks of weights begin with the second step. Devices come in the order of their numbers
+of steps, so that those that still train are always the first ones, and nothing is computed for the
+others.
 """
 
 from __future__ import annotations
@@ -21,32 +26,37 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from sottovoce.client.descents import LocalDescent, columns
+from sottovoce.client.descents import LocalDescent
 from sottovoce.client.errors import ConfigError
 from sottovoce.client.fleet import LocalTraining
 from sottovoce.client.groups import (
     DeviceNoise,
     GroupData,
     LocalUpdates,
-    length_buckets,
     shortened,
 )
+from sottovoce.client.step_noise import StepNoise
+from sottovoce.client.step_parts import Part, by_length, by_size, pass_rows
+from sottovoce.client.tables import sparse_table as sparse_table
 from sottovoce.client.tasks import Task
-from sottovoce.client.thresholds import Thresholds, make_thresholds
+from sottovoce.client.thresholds import QuantileThresholds, Thresholds, make_thresholds
 from sottovoce.privacy.gradients.clipping import Clipping
-from sottovoce.privacy.gradients.engine import ClippedSums, backward
+from sottovoce.privacy.gradients.engine import ClippedSums, backward, descend
 from sottovoce.privacy.gradients.grouping import group
 from sottovoce.privacy.gradients.micro_batches import MicroBatches
 
 Backward = Callable[..., ClippedSums]
+Tensors = dict[str, Tensor]
 
 
 class GroupTrainer:
-    """Trains K devices together on stacked weights; reused for group after group.
+    """Trains groups of up to `devices`, one group after another.
 
-    `engine`: grouped, or opacus for any layer that Opacus can take apart, with `devices` = 1.
-    `table`: name of the embedding parameter that is cut down, or None. `micro_batches`: of all
-    devices together, 0 where examples are clipped one by one.
+    `engine`: grouped, all devices together on stacked weights; or opacus, for any layer that Opacus
+    can take apart, with `devices` = 1. `table`: name of the embedding parameter that is cut
+    down, or None. `micro_batches`: of each device, 0 where examples are clipped one by one.
+    `lends`: whether the noise of a device's last step, which no training of
+    its own sees any more, is left to whoever adds updates up (`LocalUpdates.owed`).
     """
 
     def __init__(
@@ -56,131 +66,171 @@ class GroupTrainer:
         training: LocalTraining,
         devices: int,
         engine: str = "grouped",
+        *,
+        lends: bool = False,
     ) -> None:
-        self.task, self.training, self.devices = task, training, devices
+        self.task, self.training, self.engine = task, training, engine
         self.grouped, self._backward = prepared(model, devices, engine)
         self.table, self.table_input = sparse_table(model, training)
+        self.lends = lends and training.linear
         example, size = training.example, training.plan.batch_size
         micro = example is not None and example.mode == "micro_batch"
         self._units = size if example is None else example.units(size)
-        self.micro_batches = int(self._units) * devices if micro else 0
+        self.micro_batches = int(self._units) if micro else 0
+        self._pass_rows = pass_rows(model, task.max_length, self.table)
         self.grouped.module.train()
 
     def train(
-        self, parameters: dict[str, Tensor], data: GroupData, server_round: int, noise: DeviceNoise
+        self, parameters: Tensors, data: GroupData, server_round: int, noise: DeviceNoise
     ) -> LocalUpdates:
         """Local training of the group from the global `parameters`, in some round."""
-        self._load(parameters, data)
-        tally = _Tally(self.devices)
-        training = self.training.at(server_round)
-        weights = {name: stack.detach() for name, stack in self.grouped.parameters.items()}
-        descent = LocalDescent(training, weights, data.steps, noised=noise.sums is not None)
+        training, devices = self.training.at(server_round), len(data.steps)
+        origin = {
+            name: parameters[name][torch.from_numpy(data.touched)] if name == self.table
+            else parameters[name].expand(devices, *parameters[name].shape)
+            for name in self.grouped.parameters
+        }
+        tally = _Tally(devices)
+        descent = LocalDescent(training, origin, data.steps, noised=noise.sums is not None)
         thresholds = make_thresholds(
-            training.example, training.plan.batch_size, self.devices, noise.counts
+            training.example, training.plan.batch_size, devices, noise.counts
         )
-        for step in range(len(data.rows)):
-            gradients = self._gradients(data, step, thresholds, tally)
-            active = torch.from_numpy(data.steps > step)
+        steps = StepNoise(noise.sums, data, origin, self.table, lends=self.lends)
+        for number in range(len(data.rows)):
+            here = int((data.steps > number).sum())
+            thresholds.take(here)
+            now, place = Part.of(data, number, here), _Place(parameters, origin, descent, here)
+            if descent.direct and self._descend(data, now, place, tally):
+                continue
+            gradients = self._gradients(data, now, place, thresholds, tally)
             deviation = thresholds.deviation
-            drawn = self._step_noise(data, active, noise.sums, deviation) if noise.sums else None
-            thresholds.move(active)
-            descent.step(step, gradients, drawn, deviation)
+            drawn = steps.draw(number, here, deviation)
+            thresholds.move()
+            descent.step(number, gradients, drawn, deviation)
         norms, finite = descent.finish()
         return LocalUpdates(
             descent.signal, descent.noise, finite, norms, descent.clipped,
-            tally.losses, tally.visits, tally.clipped,
+            tally.losses, tally.visits, tally.clipped, steps.owed(training),
         )
 
-    def _load(self, parameters: dict[str, Tensor], data: GroupData) -> None:
-        with torch.no_grad():
-            for name, stack in self.grouped.parameters.items():
-                if name == self.table:
-                    stack.data = parameters[name][torch.from_numpy(data.touched)]
-                else:
-                    stack.copy_(parameters[name].expand_as(stack))
+    def _put(self, place: _Place, chosen: NDArray[np.int64] | None = None) -> None:
+        """The model on the weights of all devices that take a step, or of those chosen.
+
+        Before the first step that is the global model but for a cut table, and those of a single
+        device are no stack.
+        """
+        stacks = self.engine == "opacus" or self.grouped.freezes_stacks
+        count = place.here if chosen is None else len(chosen)
+        if self.grouped.freezes_stacks:
+            self.grouped.resize(count)
+        for name, parameter in self.grouped.parameters.items():
+            if not place.moved and not stacks and name != self.table:
+                parameter.data = place.parameters[name]
+                continue
+            own = place.weights[name][: place.here]
+            own = own if chosen is None else own[torch.from_numpy(chosen)]
+            parameter.data = own[0] if count == 1 and not stacks else own
+
+    def _descend(self, data: GroupData, now: Part, place: _Place, tally: _Tally) -> bool:
+        """Take a whole step without building gradients, where that is possible."""
+        parts = by_length(now, data.batch["lengths"].numpy()) if now.rows.size else []
+        if self.engine != "grouped" or len(parts) != 1:
+            return False
+        self._put(place)
+        if not place.moved:
+            place.descent.begin()
+        now.average()
+        losses, weighted, present = self._losses(data, now)
+        here = {name: stack[: place.here] for name, stack in place.descent.weights.items()}
+        descend(self.grouped, weighted, here, self.training.learning_rate)
+        tally.add(losses.detach(), present, now, 0)
+        return True
 
     def _gradients(
-        self, data: GroupData, step: int, thresholds: Thresholds, tally: _Tally
-    ) -> dict[str, Tensor]:
+        self,
+        data: GroupData,
+        now: Part,
+        place: _Place,
+        thresholds: Thresholds,
+        tally: _Tally,
+    ) -> Tensors:
         """Mean gradients of a step, or sums of clipped units over their expected number."""
-        now = _Step.of(data, step)
         if thresholds.rule is None:
-            now.weights /= np.maximum(now.present.sum(axis=1, keepdims=True), 1)
-        total: dict[str, Tensor] = {}
-        for part in self._parts(data.batch["lengths"].numpy()[now.rows]):
-            for name, added in self._sums(data, now, part, thresholds, tally).items():
-                if name in total:
+            now.average()
+        total: Tensors = {}
+        for part in self._parts(now, data, thresholds):
+            self._put(place, part.chosen)
+            for name, added in self._sums(data, part, thresholds, tally).items():
+                if name not in total:
+                    total[name] = added
+                elif part.chosen is None:
                     total[name].add_(added)
                 else:
-                    total[name] = added
+                    total[name].index_add_(0, torch.from_numpy(part.chosen), added)
         if not total:
-            units = self.micro_batches
+            units = self.micro_batches * place.here
             thresholds.count(torch.zeros(units), torch.ones(units, dtype=torch.bool))
-            return {n: torch.zeros_like(p.data) for n, p in self.grouped.parameters.items()}
-        if thresholds.rule is not None:
-            for tensor in total.values():
-                tensor.div_(self._units)
+            shapes = {name: tensor.shape[1:] for name, tensor in place.origin.items()}
+            return {name: torch.zeros((place.here, *shape)) for name, shape in shapes.items()}
         return total
 
-    def _parts(self, lengths: NDArray[np.int64]) -> list[slice]:
-        """Columns of a step that go together; a micro-batch must be seen whole."""
+    def _parts(self, now: Part, data: GroupData, thresholds: Thresholds) -> list[Part]:
+        """Passes of a step: the first one is of all devices.
+
+        A micro-batch must be seen whole, and so must the units that a quantile is counted over.
+        """
+        if not now.rows.size:
+            return []
         if self.micro_batches:
-            return [slice(0, lengths.shape[1])] if lengths.size else []
-        return length_buckets(lengths)
+            return [now]
+        lengths = data.batch["lengths"].numpy()
+        whole = self.engine == "opacus" or isinstance(thresholds, QuantileThresholds)
+        parts = [now] if whole else by_size(now, self._pass_rows)
+        return [bucket for part in parts for bucket in by_length(part, lengths)]
 
     def _sums(
-        self, data: GroupData, now: _Step, part: slice, thresholds: Thresholds, tally: _Tally
-    ) -> dict[str, Tensor]:
-        rows, rule = now.rows[:, part].reshape(-1), thresholds.rule
-        present = torch.from_numpy(now.present[:, part].reshape(-1))
-        if data.seeds is not None:
-            self.grouped.tape.row_seeds = torch.from_numpy(data.seeds[rows, now.number])
-        losses = self.task.losses(self.grouped.module, shortened(data.batch, rows))
-        weighted = losses * torch.from_numpy(now.weights[:, part].reshape(-1))
-        micro = None
+        self, data: GroupData, now: Part, thresholds: Thresholds, tally: _Tally
+    ) -> Tensors:
+        losses, weighted, present = self._losses(data, now)
+        rule, micro, groups = thresholds.rule, None, len(now.rows)
         if data.micro_batches is not None:
-            unit = torch.from_numpy(data.micro_batches[rows, now.number])
-            micro = MicroBatches(unit, self.micro_batches)
-        found = self._backward(self.grouped, weighted, rule, self.devices, micro)
+            unit = torch.from_numpy(data.micro_batches[now.rows.reshape(-1), now.number])
+            micro = MicroBatches(unit, self.micro_batches * groups)
+        found = self._backward(self.grouped, weighted, rule, groups, micro, self._units)
         if rule is not None:
             units = present if micro is None else torch.ones(micro.count, dtype=torch.bool)
             thresholds.count(found.norms, units)
-        tally.add(losses.detach(), present, clipped_rows(found.norms, rule, micro))
+        tally.add(losses.detach(), present, now, clipped_rows(found.norms, rule, micro))
         return found.sums
 
-    def _step_noise(
-        self,
-        data: GroupData,
-        active: Tensor,
-        generators: list[np.random.Generator],
-        deviation: float | Tensor,
-    ) -> dict[str, Tensor]:
-        """A step's noise of each active device: the touched rows of a cut table, else all."""
-        drawn = {name: torch.zeros_like(p.data) for name, p in self.grouped.parameters.items()}
-        for k in torch.nonzero(active).flatten().tolist():
-            for name, tensor in drawn.items():
-                target = tensor[k, : data.touched_counts[k]] if name == self.table else tensor[k]
-                generators[k].standard_normal(dtype=np.float32, out=target.numpy())
-        for tensor in drawn.values():
-            own = columns(deviation, tensor) if isinstance(deviation, Tensor) else deviation
-            tensor.mul_(own)
-        return drawn
+    def _losses(self, data: GroupData, now: Part) -> tuple[Tensor, Tensor, Tensor]:
+        """Losses of a part's rows, the same times their weights, and which rows are present."""
+        rows = now.rows.reshape(-1)
+        if data.seeds is not None:
+            self.grouped.tape.row_seeds = torch.from_numpy(data.seeds[rows, now.number])
+        losses = self.task.losses(self.grouped.module, shortened(data.batch, rows))
+        weighted = losses * torch.from_numpy(now.weights.reshape(-1))
+        return losses, weighted, torch.from_numpy(now.present.reshape(-1))
 
 
 @dataclass
-class _Step:
-    """A step of all devices: `rows` (K, B), which of them are `present`, and their weights."""
+class _Place:
+    """Where devices are before a step: `here` of them take it."""
 
-    number: int
-    rows: NDArray[np.int64]
-    present: NDArray[np.bool_]
-    weights: NDArray[np.float32]
+    parameters: Tensors
+    origin: Tensors
+    descent: LocalDescent
+    here: int
 
-    @classmethod
-    def of(cls, data: GroupData, number: int) -> _Step:
-        rows = data.rows[number]
-        present = rows != len(data.batch["lengths"]) - 1
-        return cls(number, rows, present, present.astype(np.float32))
+    @property
+    def moved(self) -> bool:
+        """Whether they have left the global model."""
+        return bool(self.descent.weights)
+
+    @property
+    def weights(self) -> Tensors:
+        """(K, *shape) by name."""
+        return self.descent.weights or self.origin
 
 
 class _Tally:
@@ -191,10 +241,13 @@ class _Tally:
         self.visits = torch.zeros(devices, dtype=torch.int64)
         self.clipped = 0
 
-    def add(self, losses: Tensor, present: Tensor, clipped: int) -> None:
-        counted, devices = torch.where(present, losses, 0.0).nan_to_num(), len(self.visits)
-        self.losses += counted.double().reshape(devices, -1).sum(1)
-        self.visits += present.reshape(devices, -1).sum(1)
+    def add(self, losses: Tensor, present: Tensor, part: Part, clipped: int) -> None:
+        """Add a part of a step."""
+        devices = len(part.rows)
+        places = slice(0, devices) if part.chosen is None else torch.from_numpy(part.chosen)
+        counted = torch.where(present, losses, 0.0).nan_to_num()
+        self.losses[places] += counted.double().reshape(devices, -1).sum(1)
+        self.visits[places] += present.reshape(devices, -1).sum(1)
         self.clipped += clipped
 
 
@@ -222,18 +275,3 @@ def prepared(model: nn.Module, devices: int, engine: str) -> tuple[Any, Backward
     from sottovoce.privacy.gradients import opacus_engine
 
     return opacus_engine.group(model, devices), opacus_engine.backward
-
-
-def sparse_table(model: nn.Module, training: LocalTraining) -> tuple[str | None, str | None]:
-    """Name of the token embedding's parameter and of the batch entry that feeds it.
-
-    (None, None) when the model names none, when its table is frozen or shared with another layer,
-    which would see the cut, or when `training` moves rows that the text does not touch.
-    """
-    inputs: dict[str, str] = getattr(model, "sparse_inputs", {})
-    for module, entry in inputs.items() if training.keeps_untouched_rows else ():
-        weight = model.get_submodule(module).weight
-        users = [n for n, p in model.named_parameters(remove_duplicate=False) if p is weight]
-        if isinstance(weight, nn.Parameter) and weight.requires_grad and len(users) == 1:
-            return f"{module}.weight", entry
-    return None, None

@@ -175,6 +175,11 @@ class FileVocabulary(Vocabulary):
         self.size = FIRST + pieces
         self.description = f"{pieces} entries of {self.path.name}, public as the user declares"
 
+    @property
+    def entries(self) -> list[str]:
+        """The words of the file, or the tokenizer's pieces."""
+        return list(self._number) if self.subwords is None else self.subwords.entries
+
     def pieces(self, word: str) -> list[int]:
         if self.subwords is None:
             return [_look_up(self._number, word)]

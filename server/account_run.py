@@ -12,6 +12,7 @@ from sottovoce.privacy.accounting.ledger import Ledger
 from sottovoce.privacy.mechanisms.correlated import PURPOSE
 from sottovoce.server.account import AccountConfig, Facts, check_delta_for
 from sottovoce.server.account_plan import by_accountant, leading
+from sottovoce.server.wording import projection_text
 
 
 def ledger_of(run: Path) -> Ledger:
@@ -48,6 +49,8 @@ def of_run(config: AccountConfig, folder: Path) -> Facts:
         "run": str(folder),
         "head": ledger.head,
     }
+    if projected := projection_text(ledger.claims.get("projection")):
+        facts["projection"] = projected
     taken = participations(ledger)
     return facts | ({"participations": taken} if unit == "example" and taken else {})
 

@@ -9,6 +9,7 @@ from importlib import metadata
 from typing import Any
 
 from sottovoce.privacy.accounting.accountants import ACCOUNTANTS
+from sottovoce.strategies.levels import row_text
 
 
 def as_json(facts: Mapping[str, Any], indent: int | None = None) -> str:
@@ -32,6 +33,8 @@ def print_tables(facts: Mapping[str, Any]) -> None:
         f"{metadata.version('dp-accounting')})",
         soft_wrap=True,
     )
+    if "projection" in facts:
+        console.print(facts["projection"], style="bold red", soft_wrap=True)
     plain = Table("noise multiplier", "sampling rate", "steps", *ACCOUNTANTS)
     setting = (facts["noise_multiplier"], facts["sampling_rate"], facts["steps"])
     others = [_text(facts["by_accountant"][name]) for name in ACCOUNTANTS]
@@ -64,6 +67,8 @@ def _print_rows(console: Any, rows: list[dict[str, Any]]) -> None:
         return
     table = Table(*(key.replace("_", " ") for key in rows[0]))
     for row in rows:
+        if isinstance(row.get("level"), int):
+            row = {**row, "level": row_text(row["level"])}
         table.add_row(*(_text(value, "") for value in row.values()))
     console.print(table)
 

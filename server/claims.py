@@ -194,7 +194,7 @@ def _sampling_text(unit: str, summary: Record, ledger: Record, config: Record) -
     fixed = unit == "device" and setting(config, "strategy.sampler") == "fixed_size"
     kind = _first(unit, "sampling", ledger) or ("fixed_size" if fixed else "poisson")
     if unit == "example":
-        return _local_sampling_text(kind, config)
+        return _local_sampling_text(kind, config) + _kept_text(ledger)
     if kind == "fixed_size":
         return ("Fixed size: the same number of devices each round, drawn without replacement, "
                 "and accounted as such. Assumes that the draw stays secret.")
@@ -209,7 +209,34 @@ def _sampling_text(unit: str, summary: Record, ledger: Record, config: Record) -
               else "Assumes that who was drawn stays secret.")
     return (f"Poisson: every device joins each round by a draw of its own, with a public "
             f"probability{_rates_text(rows)}. Rates are fixed in advance and do not depend on who "
-            f"is present. {hidden}")
+            f"is present. {hidden}{_timeline_text(ledger)}{_answers_text(ledger)}")
+
+
+def _answers_text(ledger: Record) -> str:
+    """What is not promised where some of the devices that are drawn do not answer."""
+    said = setting(ledger, "claims.conditions")
+    if not said:
+        return ""
+    return (f" Of {said['asked_cohort_size']:,.4g} devices drawn a round "
+            f"{said['expected_replies']:,.4g} are expected to answer: that others do not must not "
+            "depend on their data, and is not counted in anyone's favour.")
+
+
+def _timeline_text(ledger: Record) -> str:
+    """How rates and participations follow the periods; nothing for a static run."""
+    if not setting(ledger, "claims.timeline"):
+        return ""
+    return (" Rates are public constants of each period; the highest of them is shown. No level "
+            "has a higher one than the last, whose ε bounds every device, whatever levels it goes "
+            "through.")
+
+
+def _kept_text(ledger: Record) -> str:
+    planned = setting(ledger, "claims.timeline")
+    if not planned:
+        return ""
+    return (f" On this timeline that is: those of any {planned['retention']} periods in a row, "
+            "after which an example is deleted.")
 
 
 def _schedule_text(planned: Record) -> str:

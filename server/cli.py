@@ -150,11 +150,18 @@ def _report(cfg: DictConfig) -> int:
     return 0
 
 
+def _study(cfg: DictConfig) -> int:
+    from sottovoce.server.study import run_study
+
+    return run_study(cfg)
+
+
 VERBS = {
     "simulate": Verb(_simulate, configs="sottovoce.configs", writes_runs=True),
     "account": Verb(_account),
     "audit": Verb(_audit),
     "report": Verb(_report),
+    "study": Verb(_study, configs="sottovoce.configs"),
 }
 
 

@@ -199,11 +199,13 @@ class PrivacyConfig:
 class RunConfig:
     """What is measured and kept. `dir: null` is runs/<date>/<time>.
 
-    `workers`: threads that train devices, or `auto` for one per core; no result depends on it.
+    `workers`: processes that train devices, or `auto` for one per core; no result depends on it.
+    `target_metric`: of the leading metric; the report says when, and at what cost, it was reached.
     """
 
     evaluate_every: int = 5
     evaluation_devices: int = 1000
+    target_metric: float | None = None
     checkpoint_every: int = 1
     keep_checkpoints: int = 2
     workers: int | str = "auto"
@@ -213,17 +215,74 @@ class RunConfig:
 
 
 @dataclass
+class TimelineConfig:
+    """What devices hold when. `name`: static, or continual: `periods` of `rounds_per_period` rounds
+    each (null: as many as the rounds need), in which a device keeps an example for `retention`
+    periods; sampling rates follow.
+
+    A generated population: `variation`, spread of the logarithm of a device's arrivals between
+    periods; `late`, share of devices that join after the first; `leave`, share that falls silent
+    after each; `drift`, of intents, by period. Real data: `order`, lines (a device's lines in
+    their order, evenly over the periods) or shuffled (each in a period by hash).
+    """
+
+    name: str = "static"
+    periods: int = 6
+    rounds_per_period: int | None = None
+    retention: int = 2
+    variation: float = 0.5
+    late: float = 0.1
+    leave: float = 0.03
+    drift: float = 0.2
+    order: str = "lines"
+
+
+@dataclass
+class AuditCanaries:
+    """What a run is given so that `sottovoce audit` can test its claims; by default nothing.
+
+    `canaries`: none; natural (real examples), mislabelled (wrong labels; for next_word, words of
+    other texts) or unique_token (words that nobody uses). Each of `number` candidates takes the
+    place of a training example and is put in, or left out, by its own fair coin. `seed` decides
+    which, where and by what coins (null: the run's seed, or fresh entropy, kept in its settings).
+
+    `codes`: devices more that each say one code canary, `code_copies` times: secrets to extract.
+
+    `device_canaries`: devices more, each in or out by its own fair coin, which hand over a random
+    direction or train on a text of their own (`canary_kind`: direction, text), at the activity
+    `canary_activity` (null: the busiest level's).
+    """
+
+    canaries: str = "none"
+    number: int = 1000
+    seed: int | None = None
+    codes: int = 0
+    code_copies: int = 100
+    device_canaries: int = 0
+    canary_kind: str = "direction"
+    canary_activity: int | None = None
+
+
+@dataclass
 class SimulateConfig:
-    """`seed: null` takes entropy from the operating system, for the noise above all."""
+    """`seed: null` takes entropy from the operating system, for the noise above all.
+
+    `noise_cohort_size`: noise and accounting of cohorts of that size, of which `cohort_size`
+    devices are simulated: a projection, which has no epsilon of its own.
+    """
 
     population: Any = MISSING
     task: TaskConfig = field(default_factory=TaskConfig)
     model: Any = MISSING
     strategy: Any = MISSING
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
+    conditions: Any = MISSING
+    timeline: TimelineConfig = field(default_factory=TimelineConfig)
+    audit: AuditCanaries = field(default_factory=AuditCanaries)
     run: RunConfig = field(default_factory=RunConfig)
     rounds: int = 60
     cohort_size: int = 500
+    noise_cohort_size: int | None = None
     seed: int | None = None
     resume: str | None = None
 
@@ -247,20 +306,29 @@ def _nodes(verb: str) -> list[tuple[str | None, str, Any]]:
     if verb == "report":
         return [(None, "base_report", ReportConfig)]
     if verb == "audit":
-        from sottovoce.privacy.audit.run import AuditConfig
+        from sottovoce.privacy.audit.settings import AuditConfig
 
         return [(None, "base_audit", AuditConfig)]
     if verb == "account":
         from sottovoce.server.account import AccountConfig
 
         return [(None, "base_account", AccountConfig)]
+    if verb == "study":
+        from sottovoce.server.study import StudyConfig
+
+        return [(None, "base_study", StudyConfig), *_nodes("simulate")]
     from sottovoce.simulations.assistant import AssistantConfig
+    from sottovoce.simulations.conditions import ConditionsConfig
     from sottovoce.simulations.jsonl import JsonlConfig
+    from sottovoce.simulations.parquet import ParquetConfig
 
     return [
         (None, "base_simulate", SimulateConfig),
+        ("conditions", "base_conditions", ConditionsConfig),
+        ("timeline", "base_timeline", TimelineConfig),
         ("population", "base_assistant", AssistantConfig),
         ("population", "base_jsonl", JsonlConfig),
+        ("population", "base_parquet", ParquetConfig),
         ("model", "base_recurrent", RecurrentConfig),
         ("model", "base_transformer", TransformerConfig),
         ("model", "base_pretrained", PretrainedConfig),

@@ -50,20 +50,22 @@ class Coordinator:
     """Runs a strategy over a grid, from a state onwards; the last state is always evaluated.
 
     `budget` gives the epsilon so far for the records, and the reason not to run another round.
-    `on_request` is told a round's number before its first message leaves.
+    `on_request` is told a round's number before its first message leaves. `facts`: what a round's
+    record says beside its metrics.
     """
 
     strategy: NoisedSum
-    evaluate: Callable[[dict[str, Tensor]], dict[str, float]]
+    evaluate: Callable[[dict[str, Tensor]], dict[str, Any]]
     budget: Budget
     plan: Plan
     callbacks: Iterable[Callback] = ()
     on_request: Callable[[int], None] | None = None
+    facts: Callable[[int], Record] | None = None
 
     def run(self, grid: Grid, state: RunState) -> tuple[RunState, str | None]:
         """Rounds from `state` on; the last state, and why it ended early (None if it did not)."""
         if state.round == 0:
-            self._tell(state, {"round": 0, **self.evaluate(state.parameters)})
+            self._tell(state, {**self._head(0), **self.evaluate(state.parameters)})
         while state.round < self.plan.rounds:
             reason = self.budget.exceeded_by(self.strategy)
             if reason is not None:
@@ -89,7 +91,7 @@ class Coordinator:
             mechanism=self.strategy.mechanism_state(),
             ledger=self.strategy.ledger,
         )
-        record: Record = {"round": number, **dict(metrics)}
+        record: Record = {**self._head(number), **dict(metrics)}
         if "levels" in record:
             levels = zip(record.pop("levels"), record.pop("devices_by_level"), strict=True)
             record["devices_by_level"] = {str(level): count for level, count in levels}
@@ -99,6 +101,9 @@ class Coordinator:
         if last or number % self.plan.evaluate_every == 0:
             record |= self.evaluate(after.parameters)
         return after, record
+
+    def _head(self, number: int) -> Record:
+        return {"round": number, **({} if self.facts is None else self.facts(number))}
 
     def _tell(self, state: RunState, record: Record) -> None:
         for callback in self.callbacks:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -27,7 +27,7 @@ from sottovoce.privacy.accounting.events import (
 from sottovoce.privacy.accounting.ledger import Ledger
 from sottovoce.server.account_run import claims
 from sottovoce.server.claims import RELATIONS, SEES, UNIT_TEXT, installed_version
-from sottovoce.server.wording import count_text, epsilon_text, small_text
+from sottovoce.server.wording import count_text, epsilon_text, projection_text, small_text
 
 Facts = dict[str, Any]
 
@@ -52,6 +52,11 @@ LEVELS_PUBLIC = (
     "Activity levels, the powers of two that devices report, are taken as public: an example is "
     "protected as long as its device's level stays the same without it. "
 )
+TAKEN_PART = (
+    "how often the busiest device of each activity level took part, round by round, which ledger "
+    "and example-level epsilon say exactly: whoever sees these must not be whom the device-level "
+    "epsilon protects from"
+)
 OUTSIDE = (
     "tuning: earlier runs on the same data",
     "side channels: timing, floating-point rounding of noise, compromised devices",
@@ -68,6 +73,7 @@ def disclosure(
     epsilon for every unit and observer, infinite ones included.
     """
     table = claims(ledger, delta, accountant)
+    projected = projection_text(ledger.claims.get("projection"))
     devices = sum(ledger.levels.values())
     guarantees = [
         _guarantee(ledger, _leading(table, unit), accountant, devices)
@@ -79,11 +85,13 @@ def disclosure(
         "table": table,
         "covered": _covered(ledger),
         "not_covered": [
-            *_bare(ledger), HELD_OUT if "private_metrics" in ledger.claims else EXACT, *OUTSIDE
+            *_bare(ledger), *_told_apart(ledger), HELD_OUT if "private_metrics" in ledger.claims else EXACT, *OUTSIDE
         ],
         "tuning": _tuning(ledger),
         "noise": str(ledger.claims.get("noise", "its source is not recorded")),
-        "projection": bool(ledger.claims.get("projection", False)),
+        "projection": projected is not None,
+        "projected": projected,
+        "conditions": ledger.claims.get("conditions"),
         "accountant": {
             "name": accountant,
             "method": METHODS[accountant],
@@ -115,13 +123,25 @@ def paragraph(facts: Facts) -> str:
     if "reproducible" in facts["noise"]:
         parts.append("The noise is reproducible from a seed: a simulation, not a release.")
     if facts["projection"]:
-        parts.append("The noise is a projection for a larger cohort than was trained.")
+        parts.insert(0, f"{facts['projected']}.")
+    if facts.get("conditions"):
+        parts.append(_conditions_text(facts["conditions"]))
     parts.append(
         f"Accountant: {facts['accountant']['method']}; {facts['accountant']['library']}, "
         f"{facts['accountant']['software']}. Ledger: {facts['ledger']['events']} events, head "
         f"{facts['ledger']['head'][:16]}."
     )
     return " ".join(parts)
+
+
+def _conditions_text(said: Mapping[str, Any]) -> str:
+    return (
+        f"Devices were asked at {said['over_selection']:g} times the wanted rate, and the rates "
+        "above are those at which they were asked; of those asked, not all answer. That they do "
+        "not is assumed not to depend on their data, given their activity level, and is not "
+        "counted in their favour; sums are divided by the public expected number of answers, "
+        f"{said['expected_replies']:.4g}."
+    )
 
 
 # -- one unit --------------------------------------------------------------------------------------
@@ -269,6 +289,19 @@ def _bare(ledger: Ledger) -> list[str]:
     return list(dict.fromkeys(
         f"{event.purpose}, which {event.observer} sees without noise" for event in found
     ))
+
+
+def _told_apart(ledger: Ledger) -> list[str]:
+    """What a ledger of both units shows of the cohorts: the device claim rests on their secrecy.
+
+    Example events name the levels whose busiest device took part once more. Where a level has few
+    devices, that tells who was drawn, which no noise covers.
+    """
+    levels = any(
+        event.unit == "example" and isinstance(event, GaussianEvent) and event.by_level is not None
+        for event in ledger
+    )
+    return [TAKEN_PART] if levels and any(event.unit == "device" for event in ledger) else []
 
 
 def _tuning(ledger: Ledger) -> str:

@@ -13,7 +13,14 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from sottovoce.server.run_record import UNITS, Record, RunRecord, setting
-from sottovoce.server.wording import FRACTIONS, HELD_OUT_EXAMPLES, epsilon_text, label, number
+from sottovoce.server.wording import (
+    FRACTIONS,
+    HELD_OUT_EXAMPLES,
+    OF_DEVICES,
+    epsilon_text,
+    label,
+    number,
+)
 from sottovoce.strategies.levels import level_size
 
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#007A5A", "#B0598C", "#5A5A5A"
@@ -74,6 +81,34 @@ def draw_metrics(axes: Axes, run: RunRecord, metrics: list[str]) -> None:
         axes.set_ylabel("loss")
     rounds_axis(axes, run)
     _legend(axes)
+
+
+def draw_devices(axes: Axes, run: RunRecord) -> None:
+    """The leading metric over rounds: mean, median device, and the devices served worst."""
+    shown = (("", "all examples", "-"), *((end, name, dash) for (end, name), dash in zip(
+        OF_DEVICES.items(), ("--", DASHED, DOTTED), strict=True)))
+    for (end, name, dash), colour in zip(shown, COLOURS, strict=True):
+        axes.plot(*run.series(run.headline + end), color=colour, linestyle=dash, label=name)
+    if run.headline in FRACTIONS:
+        _fraction_axis(axes)
+    if run.headline == "perplexity":
+        log_axis(axes)
+    axes.set_ylabel(label(run.headline, run.task))
+    rounds_axis(axes, run)
+    _legend(axes, columns=2)
+
+
+def draw_devices_by_level(axes: Axes, run: RunRecord) -> None:
+    """The leading metric at the last evaluation: mean over the devices of each activity level."""
+    found = {int(level): float(value) for level, value in run.by_level.items()}
+    levels = list(range(min(found), max(found) + 1))
+    heights = [found.get(level, math.nan) for level in levels]
+    axes.bar(range(len(levels)), heights, width=0.6, color=BLUE)
+    if run.headline == "perplexity":
+        log_axis(axes)
+    axes.set_ylabel(label(run.headline, run.task))
+    axes.grid(visible=False, axis="x")
+    _levels_axis(axes, levels)
 
 
 def draw_utility_against_epsilon(axes: Axes, run: RunRecord, unit: str) -> None:
@@ -207,9 +242,10 @@ def _levels_axis(axes: Axes, levels: list[int]) -> None:
     axes.set_xlabel("examples on the device, at least")
 
 
-def _legend(axes: Axes, at_least: int = 2) -> None:
+def _legend(axes: Axes, at_least: int = 2, columns: int | None = None) -> None:
     """A legend above the axes, in one row; none where the axis itself names the only line."""
     entries = len(axes.get_legend_handles_labels()[1])
     if entries >= at_least:
         place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, 1.0)}
-        axes.legend(ncols=entries, borderaxespad=0.2, columnspacing=1.4, handlelength=1.6, **place)
+        axes.legend(ncols=columns or entries, borderaxespad=0.2, columnspacing=1.4,
+                    handlelength=1.6, **place)

@@ -10,10 +10,12 @@ from typing import Any
 from omegaconf import OmegaConf
 from safetensors.torch import save
 
+from sottovoce.client.fleet import ABSENCES, PARTIAL
 from sottovoce.privacy.accounting.accountants import by_level, epsilon
 from sottovoce.privacy.accounting.ledger import Ledger
 from sottovoce.server.budget import OBSERVER, touched
 from sottovoce.server.checkpoints import RunState, write_atomic
+from sottovoce.server.cost import cost
 from sottovoce.server.disclosure import disclosure, paragraph
 from sottovoce.server.model_card import model_card_text
 from sottovoce.server.report import write_report
@@ -23,7 +25,8 @@ from sottovoce.server.setup import Setup
 from sottovoce.simulations.experiment import Experiment
 from sottovoce.strategies.samplers import Sampler
 
-NOT_METRICS = {"round", "devices", "dropped", "examples", "seconds", "devices_by_level"}
+NOT_METRICS = {"round", "period", "projection", "devices", "dropped", "examples", "seconds", "devices_by_level",
+               PARTIAL, *ABSENCES}
 
 
 def write_results(
@@ -54,6 +57,7 @@ def write_results(
         "headline": experiment.task.headline,
         "metrics": last_evaluation(records, experiment.task.headline),
         "epsilon": claims(setup, ledger),
+        "projection": ledger.claims.get("projection"),
         "levels": levels(setup.sampler),
         "population": experiment.population.describe(),
         "vocabulary": {
@@ -66,6 +70,7 @@ def write_results(
         "seconds": max(seconds, before),
         "peak_memory_mb": peak_memory_mb,
         "noise": noise_of(experiment),
+        "cost": cost(experiment, setup, state, records),
         "warnings": setup.warnings + trouble(records, state.round),
         "environment": environment(),
     }

@@ -12,8 +12,12 @@ from collections.abc import Callable, Iterator
 from omegaconf import DictConfig, OmegaConf
 
 from sottovoce.client.errors import ConfigError
+from sottovoce.server.canary_device_limits import check_device_canaries
+from sottovoce.server.canary_setup import check_canaries
+from sottovoce.server.conditions_limits import check_conditions
 from sottovoce.server.device_limits import check_device_layer
 from sottovoce.server.report_limits import check_level_reports
+from sottovoce.server.timeline_limits import check_timeline
 
 LARGE_STEP = 0.005  # of an adaptive optimiser on weights that were pretrained
 
@@ -32,7 +36,18 @@ INSIDE: Limit = ("between 0 and 1", lambda value: 0 < value < 1)
 LIMITS: dict[str, Limit] = {
     "rounds": AT_LEAST_1,
     "cohort_size": AT_LEAST_1,
+    "noise_cohort_size": AT_LEAST_1,
+    "conditions.seed": NOT_NEGATIVE,
+    "conditions.round_minutes": POSITIVE,
+    "conditions.start_hour": NOT_NEGATIVE,
+    "conditions.dropout": DECAY,
+    "conditions.deadline_s": POSITIVE,
+    "conditions.jitter": NOT_NEGATIVE,
+    "conditions.over_selection": AT_LEAST_1,
+    "conditions.reference_examples_per_second": POSITIVE,
     "seed": NOT_NEGATIVE,
+    "audit.number": AT_LEAST_1,
+    "audit.seed": NOT_NEGATIVE,
     "population.devices": AT_LEAST_1,
     "population.held_out_devices": NOT_NEGATIVE,
     "population.max_examples_per_round": AT_LEAST_1,
@@ -63,8 +78,13 @@ LIMITS: dict[str, Limit] = {
     "strategy.device_beta1": DECAY,
     "strategy.device_beta2": DECAY,
     "strategy.device_eps_floor": POSITIVE,
+    "audit.codes": NOT_NEGATIVE,
+    "audit.code_copies": AT_LEAST_1,
+    "audit.device_canaries": NOT_NEGATIVE,
+    "audit.canary_activity": AT_LEAST_1,
     "run.evaluate_every": AT_LEAST_1,
     "run.evaluation_devices": AT_LEAST_1,
+    "run.target_metric": POSITIVE,
     "run.checkpoint_every": AT_LEAST_1,
     "run.keep_checkpoints": AT_LEAST_1,
 } | {
@@ -91,6 +111,7 @@ LIMITS: dict[str, Limit] = {
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "task.vocabulary.source": ("auto", "grammar", "hash", "file", "training_text"),
+    "audit.canaries": ("none", "natural", "mislabelled", "unique_token"),
     "strategy.sampler": ("activity", "uniform", "fixed_size"),
     "strategy.activity_weight": ("linear", "power", "log"),
     "strategy.device_optimizer": ("sgd", "adam"),
@@ -123,6 +144,10 @@ def validate(cfg: DictConfig) -> list[str]:
     _check_modes(cfg)
     check_device_layer(cfg)
     check_level_reports(cfg)
+    check_conditions(cfg)
+    check_timeline(cfg)
+    check_device_canaries(cfg)
+    check_canaries(cfg)
     return list(_warnings(cfg))
 
 
@@ -142,7 +167,7 @@ def _check_choice(cfg: DictConfig, key: str, choices: tuple[str, ...]) -> None:
 def _check_workers(cfg: DictConfig) -> None:
     workers = cfg.run.workers
     if workers != "auto" and not (isinstance(workers, int) and workers >= 1):
-        raise ConfigError(f"run.workers={workers} must be a number of threads, or auto")
+        raise ConfigError(f"run.workers={workers} must be a number of processes, or auto")
 
 
 def _check_vocabulary(cfg: DictConfig) -> None:

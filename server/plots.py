@@ -58,8 +58,8 @@ class Plot:
 
 def plots(run: RunRecord) -> list[Plot]:
     """Every plot for which the run holds data, in reading order."""
-    drawn = (_utility(run), _utility_against_epsilon(run), _budget(run), _participation(run),
-             _clipping(run), _noise(run))
+    drawn = (_utility(run), _devices(run), _devices_by_level(run), _utility_against_epsilon(run),
+             _budget(run), _participation(run), _clipping(run), _noise(run))
     return [plot for plot in drawn if plot is not None]
 
 
@@ -95,6 +95,21 @@ def _utility(run: RunRecord) -> Plot | None:
     heights = [1.6 if run.headline in family else 1.0 for family in families]
     panels = [partial(drawing.draw_metrics, run=run, metrics=family) for family in families]
     return _plot("Utility over rounds", note, panels, heights) if panels else None
+
+
+def _devices(run: RunRecord) -> Plot | None:
+    if not run.series(f"{run.headline}_median")[0]:
+        return None
+    note = "Each held-out device has a metric of its own; the mean over examples hides the worst."
+    return _plot("Who is served well", note, [partial(drawing.draw_devices, run=run)])
+
+
+def _devices_by_level(run: RunRecord) -> Plot | None:
+    if not run.by_level:
+        return None
+    note = "At the last evaluation, means over the held-out devices of a level."
+    return _plot("Utility by activity level", note,
+                 [partial(drawing.draw_devices_by_level, run=run)])
 
 
 def _utility_against_epsilon(run: RunRecord) -> Plot | None:

@@ -12,6 +12,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
+from sottovoce.server.cost_tables import cost_line
 from sottovoce.server.run_record import (
     OBSERVER,
     UNITS,
@@ -31,6 +32,7 @@ from sottovoce.server.wording import (
     number,
     small_text,
 )
+from sottovoce.strategies.levels import row_text
 
 
 class Progress:
@@ -123,6 +125,8 @@ def final_table(summary: Record, report: Path | None = None) -> RenderableType:
     if any(level_rows(found) for found in claims.values()):
         parts += [_epsilon_table(claims), ""]
     parts += _warning_lines(summary, claims)
+    if line := cost_line(summary.get("cost") or {}):
+        parts += [Text(line), ""]
     if report is not None:
         parts.append(Text(f"report: {report}", no_wrap=True, overflow="ignore"))
     return Group(*parts)
@@ -150,6 +154,10 @@ def _utility_table(summary: Record) -> Table:
                          key=lambda m: m != summary.get("headline")):
         name = label(metric, str(summary.get("task", "")))
         table.add_row(name, metric_text(metric, found[metric]))
+        worst = f"{metric}_worst_decile"
+        if worst in found:
+            table.add_row(label(worst, str(summary.get("task", ""))),
+                          metric_text(worst, found[worst]))
     return table
 
 
@@ -173,7 +181,7 @@ def _epsilon_table(claims: dict[str, dict[str, Any]]) -> Table:
         devices = next((r["devices"] for r in found if "devices" in r), None)
         cells = [cell for r in found
                  for cell in (small_text(r.get("sampling_rate")), epsilon_text(r.get("epsilon")))]
-        table.add_row(str(level), level_text(level), count_text(devices), *cells)
+        table.add_row(row_text(level), level_text(level), count_text(devices), *cells)
     return table
 
 

@@ -10,6 +10,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from sottovoce.server.claims import NO_GUARANTEE, Claim
+from sottovoce.server.cost_tables import cost_table
 from sottovoce.server.drawing import bounds
 from sottovoce.server.plots import plots
 from sottovoce.server.report_tables import (
@@ -76,6 +77,7 @@ def render_report(run: RunRecord) -> str:
         levels=level_table(run, statement.claims),
         evaluations=evaluation_table(run),
         audit=audit_table(run.audit),
+        cost=cost_table(run),
         facts=[("The run", run_facts(run)), ("Population", population_facts(run)),
                ("Environment", list(versions(run).items()))],
         config=run.config_text.strip(),

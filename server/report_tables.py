@@ -11,6 +11,7 @@ from sottovoce.server.run_record import UNITS, Record, RunRecord, setting
 from sottovoce.server.wording import (
     HELD_OUT_EXAMPLES,
     METRICS,
+    OF_DEVICES,
     count_text,
     duration_text,
     epsilon_text,
@@ -22,6 +23,7 @@ from sottovoce.server.wording import (
     small_text,
     words,
 )
+from sottovoce.strategies.levels import row_text
 
 MOST_ROWS = 40
 RATES = {"device": "Probability a round", "example": "Batch rate"}
@@ -64,7 +66,7 @@ def level_table(run: RunRecord, claims: tuple[Claim, ...]) -> Record:
 def _level_row(
     run: RunRecord, level: int, devices: Any, found: list[tuple[Claim, dict[int, Record]]]
 ) -> Row:
-    cells = (str(level), level_text(level), count_text(devices),
+    cells = (row_text(level), level_text(level), count_text(devices),
              count_text(run.participations.get(level, 0)))
     row = [(cell, False) for cell in cells]
     for _, rows in found:
@@ -82,6 +84,7 @@ def evaluation_table(run: RunRecord) -> Record:
     kept = [r for i, r in enumerate(records) if i % step == 0 or i == len(records) - 1]
     names = [m + end for end in ("", HELD_OUT_EXAMPLES) for m in METRICS
              if any(m + end in r for r in kept)]
+    names += [n for end in OF_DEVICES if any((n := run.headline + end) in r for r in kept)]
     units = [u for u in UNITS if any(number(r.get(f"epsilon_{u}")) for r in kept)]
     ends = {n: ", held-out examples" if n.endswith(HELD_OUT_EXAMPLES) else "" for n in names}
     return {

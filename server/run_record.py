@@ -71,6 +71,12 @@ class RunRecord:
         return last if summary is None else summary
 
     @property
+    def by_level(self) -> Record:
+        """Activity level -> the leading metric of its held-out devices, at the last evaluation."""
+        found = [r[key] for r in self.metrics if (key := f"{self.headline}_by_level") in r]
+        return found[-1] if found else {}
+
+    @property
     def participations(self) -> dict[int, int]:
         """Activity level -> times that a device of that level took part, over all rounds."""
         total: Counter[int] = Counter()

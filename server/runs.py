@@ -13,10 +13,16 @@ from safetensors.torch import load_file
 from torch import nn
 
 from sottovoce.client.errors import RunError
+from sottovoce.client.fleet import LocalTraining
 from sottovoce.client.tasks import Task
 from sottovoce.privacy.accounting.ledger import Ledger
+from sottovoce.privacy.audit.code_canaries import CodeCanary, load_canaries
+from sottovoce.privacy.audit.device_record import DeviceRecord, load_record
 from sottovoce.server.checkpoints import load_checkpoint, load_latest
 from sottovoce.server.evaluation import load_parameters
+from sottovoce.simulations.canaries import CanaryPopulation, canaries_in
+from sottovoce.simulations.canary_devices import without_canary_devices
+from sottovoce.simulations.code_population import CODES_FILE, codes_in, without_codes
 from sottovoce.simulations.experiment import build_experiment
 from sottovoce.simulations.population import Population
 
@@ -26,7 +32,12 @@ class FinishedRun:
     """What a run trained on and what came of it.
 
     `initial_model`: the model before round 1, None where its checkpoint is gone. `participants`:
-    ids of the devices that took part at least once, None where that is not known.
+    ids of the devices that took part at least once, None where that is not known. `codes`: code
+    canaries that were put into its data; `population` and `participants` leave their devices out,
+    of which `codes_trained` took part. `training`, `engine`: what its devices do.
+    `canaries`: the population as it was trained on where single examples were put in by coins
+    (`audit.canaries`), None otherwise; `population` leaves them out.
+    `device_canaries`: what the run noted of its canary devices, which `population` leaves out too.
     """
 
     population: Population
@@ -36,6 +47,12 @@ class FinishedRun:
     ledger: Ledger
     summary: dict[str, Any]
     participants: NDArray[np.int64] | None
+    training: LocalTraining | None = None
+    engine: str = "grouped"
+    codes: tuple[CodeCanary, ...] = ()
+    codes_trained: int | None = None
+    canaries: CanaryPopulation | None = None
+    device_canaries: DeviceRecord | None = None
 
 
 def load_run(folder: Path) -> FinishedRun:
@@ -48,14 +65,35 @@ def load_run(folder: Path) -> FinishedRun:
             )
     experiment = build_experiment((folder / "config.yaml").read_text(encoding="utf-8"))
     model = load_parameters(experiment.initial_model(), load_file(folder / "model.safetensors"))
+    population, participants = experiment.population, _participants(folder)
+    codes: list[CodeCanary] = []
+    codes_trained = None
+    population, participants = without_canary_devices(population, participants)
+    canaries = canaries_in(population)
+    if canaries is not None:
+        population = canaries.base
+    inserted = codes_in(population)
+    if inserted is not None:
+        codes = load_canaries(folder / CODES_FILE)
+        population = without_codes(population)
+        if participants is not None:
+            first, last = inserted.devices.start, inserted.devices.stop
+            theirs = (participants >= first) & (participants < last)
+            codes_trained, participants = int(theirs.sum()), participants[~theirs]
     return FinishedRun(
-        population=experiment.population,
+        population=population,
         task=experiment.task,
         model=model,
         initial_model=_initial_model(folder, experiment.initial_model()),
         ledger=Ledger.load(folder / "ledger.json"),
         summary=json.loads((folder / "summary.json").read_text(encoding="utf-8")),
-        participants=_participants(folder),
+        participants=participants,
+        training=experiment.training,
+        engine=experiment.config.privacy.example.get("engine", "grouped"),
+        codes=tuple(codes),
+        codes_trained=codes_trained,
+        canaries=canaries,
+        device_canaries=load_record(folder),
     )
 
 

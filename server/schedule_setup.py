@@ -21,11 +21,17 @@ from sottovoce.privacy.mechanisms.optimised import make_factorisation
 from sottovoce.privacy.mechanisms.separation import Schedule
 from sottovoce.privacy.optimizer.quantile import QuantileClip, default_count_noise
 from sottovoce.server.checkpoints import RunState
+from sottovoce.server.conditions_limits import asked_cohort
+from sottovoce.server.conditions_setup import simulated_part
+from sottovoce.simulations.continual import ContinualPopulation
 from sottovoce.simulations.experiment import Experiment
+from sottovoce.simulations.timeline import make_timeline
 from sottovoce.strategies.noised_sum import CENTRAL_NOISE
 from sottovoce.strategies.participation import Participation
+from sottovoce.strategies.periods import make_period_sampler
 from sottovoce.strategies.samplers import Sampler, make_sampler
 from sottovoce.strategies.separated import make_separated_sampler
+from sottovoce.strategies.windowed import WindowedParticipation
 
 CLAIM = "correlated_noise"
 
@@ -41,6 +47,9 @@ def schedule_of(config: DictConfig) -> Schedule | None:
 def participation_of(config: DictConfig) -> Participation:
     """An empty record of participations, with the bounds that the run's claims need."""
     schedule, example = schedule_of(config), config.privacy.example.max_participations
+    timeline = make_timeline(config.get("timeline"), config.rounds)
+    if timeline is not None:
+        return WindowedParticipation(timeline, example)
     if schedule is None:
         return Participation(example)
     limit = min(schedule.participations, example or schedule.participations)
@@ -52,16 +61,21 @@ def sampler_of(
 ) -> Sampler:
     """The sampler of a run. Raises ConfigError where its population is too small."""
     config, population = experiment.config, experiment.population
-    schedule = schedule_of(config)
+    schedule, asked = schedule_of(config), asked_cohort(config)
     if schedule is not None:
-        return make_separated_sampler(
-            config.strategy, population, config.cohort_size, schedule,
+        return simulated_part(make_separated_sampler(
+            config.strategy, population, int(asked), schedule,
             participation=participation, source=source,
+        ), config)
+    if isinstance(population, ContinualPopulation):
+        return make_period_sampler(
+            config.strategy, population, asked, source=source,
+            private=config.privacy.device.enabled,
         )
-    return make_sampler(
-        config.strategy, population, config.cohort_size, source=source,
+    return simulated_part(make_sampler(
+        config.strategy, population, asked, source=source,
         private=config.privacy.device.enabled,
-    )
+    ), config)
 
 
 def correlated_mechanism(

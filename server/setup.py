@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +21,11 @@ from sottovoce.privacy.mechanisms.device import DeviceMechanism, variance_bound
 from sottovoce.privacy.mechanisms.noise import NoiseSource
 from sottovoce.privacy.mechanisms.private_metrics import PrivateMetrics
 from sottovoce.server.budget import RunBudget
+from sottovoce.server.canary_setup import canary_warnings, pin_canaries
 from sottovoce.server.checkpoints import RunState
+from sottovoce.server.conditions_limits import projection_factor
+from sottovoce.server.conditions_setup import conditions_warnings, divisor, run_claims
+from sottovoce.server.device_canaries import canary_watch
 from sottovoce.server.limits import validate
 from sottovoce.server.metrics_setup import CLAIM as MEASURED
 from sottovoce.server.metrics_setup import private_metrics
@@ -33,6 +38,7 @@ from sottovoce.server.schedule_setup import (
     schedule_of,
     take_up,
 )
+from sottovoce.server.timeline_setup import activity_of
 from sottovoce.simulations.experiment import Experiment, public_deltas
 from sottovoce.strategies.levels import MAX_LEVEL
 from sottovoce.strategies.noised_sum import Mechanism, NoisedSum
@@ -67,6 +73,8 @@ def make_setup(
     ledger = state.ledger if state and state.round else new_ledger(config, sampler, deltas)
     claims = state.ledger.claims.get(CLAIM) if state else None
     mechanism, figures = device_mechanism(experiment, sampler, deltas, claims)
+    for name, said in run_claims(experiment, sampler).items():
+        ledger.claims.setdefault(name, said)
     if figures is not None:
         ledger.claims.setdefault(MEASURED, figures.claims())
     if isinstance(mechanism, CorrelatedMechanism):
@@ -83,14 +91,17 @@ def make_setup(
         participation.load(state.participation)
         take_up(mechanism, state, source)
     strategy = NoisedSum(
-        sampler=sampler, activity=population.activity, optimizer=optimizer, mechanism=mechanism,
+        sampler=sampler, activity=activity_of(population), optimizer=optimizer, mechanism=mechanism,
         training=experiment.training, ledger=ledger, participation=participation, source=source,
-        settings=settings, private_metrics=figures,
+        settings=settings, private_metrics=figures, divisor=divisor(experiment, sampler),
+        projection=projection_factor(config),
+        canaries=canary_watch(experiment, source, divisor(experiment, sampler)),
     )
     limits = {
         unit: config.privacy[unit].max_epsilon for unit in deltas if config.privacy[unit].enabled
     }
-    return Setup(strategy, RunBudget(ledger, deltas, limits), sampler, warnings(experiment, deltas))
+    lines = warnings(experiment, deltas) + conditions_warnings(experiment, sampler)
+    return Setup(strategy, RunBudget(ledger, deltas, limits), sampler, lines)
 
 
 def new_ledger(config: DictConfig, sampler: Sampler, deltas: Mapping[str, float]) -> Ledger:
@@ -140,12 +151,12 @@ def device_mechanism(
         noise = calibrate_noise(
             privacy.epsilon,
             deltas["device"],
-            by_level=[(level, rate, rounds) for level, rate in sorted(sampler.rates.items())],
+            by_level=sampler.plan(rounds),
             sampling=sampler.sampling,
             relation="replace_one" if fixed else "add_remove",
             spent=spent,
         )
-    expected = sampler.expected_cohort_size
+    expected = divisor(experiment, sampler)
     bounds = experiment.training.metric_bounds
     figures = private_metrics(experiment.config, bounds, noise, expected)
     noise = noise if figures is None else figures.rest
@@ -170,13 +181,16 @@ def local_noise_bound(training: LocalTraining, sampler: Sampler) -> float:
         return 0.0
     if sampler.sampling == "fixed_size":
         return math.ceil(sampler.expected_cohort_size) * largest
-    return variance_bound(
-        [
-            (count, sampler.rates.get(level, 0.0), variances[level])
-            for level, count in sampler.most_devices_by_level.items()
-        ],
-        OVERFLOW,
-        largest,
+    return max(
+        variance_bound(
+            [
+                (count, part.rates.get(level, 0.0), variances[level])
+                for level, count in part.most_devices_by_level.items()
+            ],
+            OVERFLOW,
+            largest,
+        )
+        for part in sampler.parts
     )
 
 
@@ -194,6 +208,7 @@ def warnings(experiment: Experiment, deltas: Mapping[str, float]) -> list[str]:
             "the vocabulary was read from the training text: that is a release which no epsilon "
             "covers; use task.vocabulary.source=hash or file"
         )
+    lines += canary_warnings(experiment.config)
     if experiment.config.seed is not None and deltas:
         lines.append(
             f"seed={experiment.config.seed} gives reproducible noise: simulation only, "
@@ -205,11 +220,15 @@ def warnings(experiment: Experiment, deltas: Mapping[str, float]) -> list[str]:
 def settings_text(config: DictConfig) -> str:
     """Resolved settings as YAML: what `config.yaml` holds and fleets are sent.
 
-    A pretrained model is pinned to its weights: whoever builds it from these settings has the same.
+    A pretrained model is pinned to its weights, canaries to their seed: whoever builds them from
+    these settings has the same.
     """
     settings = config.copy()
+    pin_canaries(settings)
     if settings.model.name == "pretrained" and settings.model.sha256 is None:
         settings.model.sha256 = checked_folder(settings.model.path, None)[1]
+    if settings.get("audit") and settings.audit.seed is None:
+        settings.audit.seed = secrets.randbits(63) if settings.seed is None else settings.seed
     return OmegaConf.to_yaml(settings, resolve=True)
 
 

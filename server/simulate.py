@@ -16,7 +16,7 @@ from sottovoce.server.app import outcomes
 from sottovoce.server.checkpoints import write_atomic
 from sottovoce.server.progress import final_table
 from sottovoce.server.setup import settings_text
-from sottovoce.simulations.experiment import SECRET_FOLDER
+from sottovoce.simulations.experiment import SECRET_FOLDER, close_fleets
 from sottovoce.simulations.grid import LocalGrid
 
 INTERRUPTED = 130
@@ -42,6 +42,8 @@ def simulate(config: DictConfig, folder: Path) -> int:
         if not resume and not (folder / "metrics.jsonl").exists():
             _clear(folder)
         raise
+    finally:
+        close_fleets()
     outcome = outcomes.pop(str(folder))
     console = Console()
     report = folder / "report.html" if config.run.report else None

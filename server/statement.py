@@ -13,7 +13,13 @@ from dataclasses import dataclass
 
 from sottovoce.server.claims import NO_GUARANTEE, SEES, Claim, device_count, unit_claim
 from sottovoce.server.run_record import UNITS, Record, bare_releases, claim, setting
-from sottovoce.server.wording import count_text, epsilon_text, number, small_text
+from sottovoce.server.wording import (
+    count_text,
+    epsilon_text,
+    number,
+    projection_text,
+    small_text,
+)
 
 OBSERVERS = ("fleet", "server", "release")
 VOCABULARIES = {
@@ -144,9 +150,9 @@ def _warnings(
     if all(c.infinite for c in claims):
         found.append(f"{NO_GUARANTEE}: no noise was added to what was released; epsilon is "
                      "infinite for every observer.")
-    if summary.get("projection") or setting(ledger, "claims.projection"):
-        found.append("projection: the noise is that of a larger cohort than was simulated; "
-                     "epsilon holds for that larger cohort, not for this run.")
+    if projected := projection_text(summary.get("projection")
+                                    or setting(ledger, "claims.projection")):
+        found.append(f"{projected}. Never release its model.")
     if vocabulary_source(summary, config) == "training_text":
         found.append("vocabulary read from training text: its words are released as they are, "
                      "outside every epsilon stated here.")

@@ -23,13 +23,18 @@ from sottovoce.server.checkpoints import (
     load_latest,
     save_checkpoint,
 )
+from sottovoce.server.conditions_limits import projection_factor
 from sottovoce.server.coordinator import Coordinator, Plan
+from sottovoce.server.device_canaries import CanaryFiles
 from sottovoce.server.evaluation import Evaluator
 from sottovoce.server.finish import write_results
 from sottovoce.server.metrics_setup import wanted
 from sottovoce.server.progress import Progress
 from sottovoce.server.setup import Setup, make_setup
+from sottovoce.server.timeline_setup import make_evaluator, round_facts
+from sottovoce.simulations.code_population import keep_codes
 from sottovoce.simulations.experiment import Experiment, build_experiment
+from sottovoce.simulations.workers import private_kb
 
 HELD_OUT_EXAMPLES = 2000
 ENDED = {
@@ -55,6 +60,7 @@ def start_run(grid: Grid, folder: Path) -> Outcome:
     source = NoiseSource.from_system() if seed is None else NoiseSource.from_seed(seed)
     setup = make_setup(experiment, source, None, text)
     source.save(folder / "checkpoints")
+    keep_codes(experiment.population, folder)
     parameters = {
         name: p.detach().clone()
         for name, p in experiment.initial_model().named_parameters()
@@ -122,22 +128,29 @@ def _run(
     shows = config.run.progress if shows is None else shows
     began = time.perf_counter()
     model = experiment.initial_model()
-    evaluator = Evaluator(
-        experiment.population, experiment.task, model,
-        devices=config.run.evaluation_devices, examples=HELD_OUT_EXAMPLES,
-        private=wanted(config),
+    evaluator = make_evaluator(
+        experiment.population,
+        lambda population: Evaluator(
+            population, experiment.task, model,
+            devices=config.run.evaluation_devices, examples=HELD_OUT_EXAMPLES,
+            private=wanted(config),
+        ),
+        lambda: setup.strategy.current.number if setup.strategy.current else 0,
     )
     progress = Progress(config.rounds, state.round, experiment.task.headline, shows)
     keeper = Checkpoints(
         folder / "checkpoints", config.run.checkpoint_every, config.run.keep_checkpoints
     )
+    canaries = CanaryFiles(folder, setup.strategy.canaries)
+    canaries.begin(setup.sampler, state.round)
     coordinator = Coordinator(
         setup.strategy,
         evaluator,
         setup.budget,
         Plan(config.rounds, config.run.evaluate_every),
-        [LedgerFile(folder), MetricsFile(folder), keeper, Bar(progress)],
+        [LedgerFile(folder), MetricsFile(folder), canaries, keeper, Bar(progress)],
         RequestLog(folder / "checkpoints").on_request,
+        round_facts(experiment.population, projection=projection_factor(config) != 1),
     )
     status, reason = "finished", None
     with progress:
@@ -166,6 +179,6 @@ def _run(
 
 
 def peak_memory_mb() -> float:
-    """Largest resident memory of this process so far, in MB."""
+    """Largest resident memory of this process so far, and what its workers add to it, in MB."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return math.ceil(peak / 1024)
+    return math.ceil((peak + private_kb()) / 1024)

@@ -8,11 +8,16 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from sottovoce.strategies.levels import MAX_LEVEL, level_size
+from sottovoce.strategies.levels import MAX_LEVEL, level_size, levels_of_row
 
 HELD_OUT_EXAMPLES = "_held_out_examples"
 FRACTIONS = ("accuracy", "slot_f1", "exact_match", "top1_accuracy", "top3_accuracy")
 METRICS = (*FRACTIONS, "perplexity", "loss")
+OF_DEVICES = {
+    "_median": "median device",
+    "_p10": "reached by 90 % of devices",
+    "_worst_decile": "worst tenth of devices",
+}
 LABELS = {
     "slot_f1": "slot F1",
     "top1_accuracy": "top-1 accuracy",
@@ -34,6 +39,9 @@ def number(value: Any) -> float | None:
 
 def label(metric: str, task: str = "") -> str:
     """A metric's name for people: `slot_f1` is "slot F1"."""
+    for suffix, words_of in OF_DEVICES.items():
+        if metric.endswith(suffix):
+            return f"{label(metric.removesuffix(suffix), task)}, {words_of}"
     name = metric.removesuffix(HELD_OUT_EXAMPLES)
     if name == "accuracy" and task == "intent_slots":
         return "intent accuracy"
@@ -47,7 +55,7 @@ def metric_text(metric: str, value: Any) -> str:
         return "–"
     if math.isinf(figure):
         return "∞"
-    if metric.removesuffix(HELD_OUT_EXAMPLES) == "perplexity":
+    if metric.startswith("perplexity"):
         return f"{figure:,.0f}" if figure >= 1000 else f"{figure:.1f}"
     return f"{figure:.3f}"
 
@@ -64,6 +72,20 @@ def epsilon_text(value: Any) -> str:
     digits = 2 if figure >= 0.1 else 1 - math.floor(math.log10(figure))
     scale = 10**digits
     return f"{math.ceil(figure * scale - 1e-6) / scale:.{digits}f}"
+
+
+def projection_text(said: Any) -> str | None:
+    """What no reader of an epsilon may miss. `said`: the ledger's claim `projection`, None or
+    False where a run is what it says.
+    """
+    if not said:
+        return None
+    whose = "a larger cohort than was simulated"
+    if isinstance(said, dict):
+        whose = (f"cohorts of {count_text(said['noise_cohort_size'])} devices, of which "
+                 f"{count_text(said['cohort_size'])} were simulated")
+    return (f"projection: noise and epsilon are those of {whose}; this run itself does not have "
+            "this ε")
 
 
 def small_text(value: Any) -> str:
@@ -97,7 +119,11 @@ def duration_text(seconds: Any) -> str:
 
 
 def level_text(level: int) -> str:
-    """The examples that a device at activity level `level` has: `4–7`."""
+    """The examples that a device at activity level `level` has: `4–7`; of a row of devices that
+    moved between levels, `4–7 to 16–31`.
+    """
+    if level > MAX_LEVEL:
+        return " to ".join(level_text(end) for end in levels_of_row(level))
     low = level_size(level)
     if level >= MAX_LEVEL:
         return f"{low:,}+"

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from sottovoce.simulations.fleet import SimulatedFleet as SimulatedFleet
     from sottovoce.simulations.grid import LocalGrid as LocalGrid
     from sottovoce.simulations.jsonl import JsonlPopulation as JsonlPopulation
+    from sottovoce.simulations.parquet import ParquetPopulation as ParquetPopulation
     from sottovoce.simulations.population import Population as Population
     from sottovoce.simulations.populations import make_population as make_population
 
@@ -18,6 +19,7 @@ _HOMES = {
     "AssistantPopulation": "assistant",
     "JsonlPopulation": "jsonl",
     "LocalGrid": "grid",
+    "ParquetPopulation": "parquet",
     "Population": "population",
     "SimulatedFleet": "fleet",
     "make_population": "populations",

@@ -105,26 +105,33 @@ class AssistantPopulation(Population):
         numbers = np.concatenate([np.empty(0, dtype=np.int64), *indices])
         if np.any((numbers < 0) | (numbers >= np.repeat(available, counts))):
             raise IndexError("an example number is beyond its device's activity")
-        return self._generate(devices, counts, numbers)
+        return self.generate(devices, counts, numbers)
 
     def held_out_devices(self, limit: int | None = None) -> Examples:
         """The first examples (`max_held_out_examples` at most) of devices that never train."""
-        count = self.held_out if limit is None else min(limit, self.held_out)
-        activity = self.model.of(len(self), count, self.seed).astype(np.int64)
-        devices = np.arange(len(self), len(self) + count, dtype=np.int64)
+        activity = self.held_out_activity(limit).astype(np.int64)
+        devices = np.arange(len(self), len(self) + len(activity), dtype=np.int64)
         return self._first_examples(devices, np.minimum(activity, self.max_held_out_examples))
+
+    def held_out_activity(self, limit: int | None = None) -> NDArray[np.unsignedinteger[Any]]:
+        """(devices,) examples of each held-out device, by the same model as the training ones'."""
+        count = self.held_out if limit is None else min(limit, self.held_out)
+        return self.model.of(len(self), count, self.seed)
 
     def held_out_examples(self, limit: int | None = None) -> Examples:
         """(At most `limit`) examples beyond their activity, of training devices chosen by hash."""
-        if len(self) <= WATCHED_DEVICES:
-            devices = np.arange(len(self), dtype=np.int64)
-        else:
-            chosen = draws(stream(self.seed, "watched"), np.arange(WATCHED_DEVICES))
-            devices = np.unique(integers_below(chosen, len(self))[0])
+        devices = self.watched()
         further = np.arange(WATCHED_EXAMPLES, dtype=np.int64)
         numbers = (self.activity[devices].astype(np.int64)[:, None] + further).ravel()[:limit]
         counts = np.bincount(np.arange(len(numbers)) // WATCHED_EXAMPLES)
-        return self._generate(devices[: len(counts)], counts, numbers)
+        return self.generate(devices[: len(counts)], counts, numbers)
+
+    def watched(self) -> NDArray[np.int64]:
+        """Training devices, chosen by hash, of which further examples are held out; sorted."""
+        if len(self) <= WATCHED_DEVICES:
+            return np.arange(len(self), dtype=np.int64)
+        chosen = draws(stream(self.seed, "watched"), np.arange(WATCHED_DEVICES))
+        return np.unique(integers_below(chosen, len(self))[0])
 
     def expected_level_counts(self) -> NDArray[np.float64]:
         """(levels,) expected training devices per activity level, from the public model."""
@@ -157,19 +164,23 @@ class AssistantPopulation(Population):
     ) -> Examples:
         starts = np.cumsum(counts) - counts
         numbers = np.arange(counts.sum()) - np.repeat(starts, counts)
-        return self._generate(devices, counts, numbers)
+        return self.generate(devices, counts, numbers)
 
-    def _generate(
+    def generate(
         self,
         devices: NDArray[np.int64],
         counts: NDArray[np.int64],
         numbers: NDArray[np.int64],
+        trend: NDArray[np.float64] | None = None,
     ) -> Examples:
-        """Examples `numbers`, `counts[k]` of them of `devices[k]`, whatever the activity."""
+        """Examples `numbers`, `counts[k]` of them of `devices[k]`, whatever the activity.
+
+        `trend`: (devices, intents) by which the intents' preferences are multiplied, if at all.
+        """
         habits = draws(stream(self.seed, "habits"), devices)
         owner = np.repeat(np.arange(len(devices)), counts)
         said = draws(draws(stream(self.seed, "requests"), devices)[owner], numbers)
-        intent = self._intents(habits, owner, said)
+        intent = self._intents(habits, owner, said, trend)
         element_lists, element_offsets = self._elements(intent, habits[owner], said)
         phrase = self._phrases(element_lists, element_offsets, habits[owner], said)
         positions, token_offsets = gather_ranges(self.grammar.phrase_offsets, phrase)
@@ -182,12 +193,19 @@ class AssistantPopulation(Population):
             slots=self.grammar.phrase_slots[positions],
         )
 
-    def _intents(self, habits: Bits, owner: NDArray[np.int64], said: Bits) -> NDArray[np.int64]:
+    def _intents(
+        self,
+        habits: Bits,
+        owner: NDArray[np.int64],
+        said: Bits,
+        trend: NDArray[np.float64] | None,
+    ) -> NDArray[np.int64]:
         """(examples,) intent of each, from its device's Dirichlet preferences."""
         intents = len(self.schema.intents)
         words = draws(draws(habits, 0)[:, None], np.arange(-(-intents // 4)))
         picks = words.astype("<u8").view("<u2")[:, :intents]
-        ceilings = np.cumsum(self._gammas[picks], axis=1)
+        gammas = self._gammas[picks]
+        ceilings = np.cumsum(gammas if trend is None else gammas * trend, axis=1)
         ceilings /= ceilings[:, -1:]
         ceilings += np.arange(len(habits))[:, None]
         place = np.searchsorted(ceilings.ravel(), owner + uniforms(draws(said, 0)), side="right")

@@ -1,35 +1,42 @@
 """From sampled devices to the tensors that a group of them trains on.
 
-One call gathers the drawn examples of many devices at once; groups of K are then cut from it, each
-with its own padding and its own cut-down embedding table.
+One call draws the batches of a whole cohort and one gathers the examples of many devices; groups of
+K are then cut from them, each with its own padding and its own cut-down embedding table. Nothing
+here is done device by device but making its `Draw`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sottovoce.client.batches import BatchPlan, draw_batches
+from sottovoce.client.batches import BatchPlan
 from sottovoce.client.errors import ConfigError
 from sottovoce.client.groups import GroupData
 from sottovoce.client.tasks import Batch, Task
 from sottovoce.privacy.mechanisms.noise import NoiseSource
+from sottovoce.simulations.batch_draws import Visits, draw_visits
 from sottovoce.simulations.population import Population
 from sottovoce.strategies.levels import activity_levels
 
+MARKED = 1 << 20  # cells of a table of all words of a group up to which it beats sorting
 
-@dataclass(frozen=True)
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
 class Draw:
     """One device's local round: its level and the example numbers of each of its steps."""
 
     device: int
     level: int
-    steps: list[NDArray[np.int64]]
+    steps: list[Ints]
 
     @property
     def rows(self) -> int:
@@ -38,17 +45,23 @@ class Draw:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Collated examples of several devices; device k owns rows `starts[k]:starts[k + 1]`."""
+    """Collated examples of several devices; device k owns rows `starts[k]:starts[k + 1]`.
+
+    `numbers`: of the examples of each device, sorted, in the order of its rows. `visits`: every
+    draw of a row, by device, step and length; those of device k are `of[k]:of[k + 1]`.
+    """
 
     draws: list[Draw]
-    numbers: list[NDArray[np.int64]]
+    numbers: list[Ints]
     batch: Batch
-    starts: NDArray[np.int64]
+    starts: Ints
+    visits: Visits
+    of: Ints
 
 
 def draw_cohort(
     population: Population,
-    devices: NDArray[np.int64],
+    devices: Ints,
     plan: BatchPlan,
     server_round: int,
     source: NoiseSource,
@@ -67,24 +80,50 @@ def draw_cohort(
         )
     activity = population.activity[devices]
     levels = activity_levels(activity) if reported is None else reported
-    draws = []
-    for device, level, count in zip(
-        devices.tolist(), levels.tolist(), activity.tolist(), strict=True
-    ):
-        generator = source.generator("local batches", server_round, device)
-        draws.append(Draw(device, level, draw_batches(plan, level, count, generator)))
-    draws.sort(key=lambda draw: (-len(draw.steps), -draw.rows, draw.device))
-    return draws
+    key = source.key("local batches", server_round)
+    visits, steps = draw_visits(plan, devices, levels, activity.astype(np.int64), key)
+    batches = _batches(visits, steps)
+    starts = np.append(0, np.cumsum(steps))
+    rows = np.bincount(visits.owner, minlength=len(devices))
+    order = np.lexsort((devices, -rows, -steps))
+    ids, reports, ends = devices.tolist(), levels.tolist(), starts.tolist()
+    return [Draw(ids[k], reports[k], batches[ends[k] : ends[k + 1]]) for k in order.tolist()]
+
+
+def _batches(visits: Visits, steps: Ints) -> list[Ints]:
+    """The example numbers of every step of every device, end to end."""
+    first = np.append(0, np.cumsum(steps))[:-1]
+    sizes = np.bincount(first[visits.owner] + visits.step, minlength=int(steps.sum()))
+    ends = np.cumsum(sizes).tolist()
+    return [visits.row[a:b] for a, b in zip([0, *ends], ends, strict=False)]
 
 
 def chunks(population: Population, task: Task, draws: list[Draw], size: int) -> Iterator[Chunk]:
     """The draws in chunks of `size` devices, with their examples gathered and collated."""
     for start in range(0, len(draws), size):
         part = draws[start : start + size]
-        numbers = [np.unique(np.concatenate(draw.steps)) for draw in part]
+        owner, step, number = _flat(part)
+        span = int(number.max(initial=0)) + 1
+        keys, row = np.unique(owner * span + number, return_inverse=True)
+        starts = np.searchsorted(keys, np.arange(len(part) + 1) * span)
+        numbers = np.split(keys % span, starts[1:-1])
         ids = np.array([draw.device for draw in part], dtype=np.int64)
-        examples = population.examples(ids, numbers)
-        yield Chunk(part, numbers, with_null_row(task.collate(examples)), examples.device_offsets)
+        batch = with_null_row(task.collate(population.examples(ids, numbers)))
+        order = np.lexsort((batch["lengths"].numpy()[row], step, owner))
+        visits = Visits(owner[order], step[order], row[order])
+        of = np.searchsorted(visits.owner, np.arange(len(part) + 1))
+        yield Chunk(part, numbers, batch, starts, visits, of)
+
+
+def _flat(draws: list[Draw]) -> tuple[Ints, Ints, Ints]:
+    """Owner (place in `draws`), step and example number of every visit."""
+    empty = np.zeros(0, dtype=np.int64)
+    number = np.concatenate([empty, *chain.from_iterable(draw.steps for draw in draws)])
+    sizes = np.array([len(step) for draw in draws for step in draw.steps], dtype=np.int64)
+    counts = np.array([len(draw.steps) for draw in draws], dtype=np.int64)
+    step = np.arange(len(sizes)) - np.repeat(np.cumsum(counts) - counts, counts)
+    owner = np.repeat(np.arange(len(draws)), counts)
+    return np.repeat(owner, sizes), np.repeat(step, sizes), number
 
 
 def with_null_row(batch: Batch) -> Batch:
@@ -98,58 +137,63 @@ def with_null_row(batch: Batch) -> Batch:
 def cut_group(
     chunk: Chunk, first: int, devices: int, table_input: str | None, vocabulary: int
 ) -> GroupData:
-    """The data of devices `first:first + devices` of a chunk; short groups are padded."""
+    """The data of devices `first:first + devices` of a chunk, as many as there are."""
     draws = chunk.draws[first : first + devices]
-    low, high = int(chunk.starts[first]), int(chunk.starts[first + len(draws)])
+    last, devices = first + len(draws), len(draws)
+    low, high = int(chunk.starts[first]), int(chunk.starts[last])
     batch = {name: torch.cat([t[low:high], t[-1:]]) for name, t in chunk.batch.items()}
-    lengths = batch["lengths"].numpy()
-    steps = np.zeros(devices, dtype=np.int64)
-    steps[: len(draws)] = [len(draw.steps) for draw in draws]
-    most = int(steps.max(initial=0))
-    rows = [_step_rows(chunk, first, step, devices, lengths) for step in range(most)]
+    steps = np.array([len(draw.steps) for draw in draws], dtype=np.int64)
+    mine = slice(chunk.of[first], chunk.of[last])
+    visits = Visits(
+        chunk.visits.owner[mine] - first, chunk.visits.step[mine], chunk.visits.row[mine] - low
+    )
+    rows = _step_rows(visits, devices, int(steps.max(initial=0)), high - low)
     touched, counts = np.zeros((devices, 1), dtype=np.int64), np.ones(devices, dtype=np.int64)
     if table_input is not None:
-        owners = np.repeat(
-            np.arange(len(draws)), np.diff(chunk.starts[first : first + len(draws) + 1])
-        )
+        owners = np.repeat(np.arange(len(draws)), np.diff(chunk.starts[first : last + 1]))
         batch[table_input], touched, counts = _cut_table(
             batch[table_input], owners, devices, vocabulary
         )
     return GroupData(batch, rows, touched, counts, steps)
 
 
-def _step_rows(
-    chunk: Chunk, first: int, step: int, devices: int, lengths: NDArray[np.int64]
-) -> NDArray[np.int64]:
-    """(K, B) rows of one step, shortest first; B is the largest batch among the devices."""
-    found = []
-    for k in range(first, min(first + devices, len(chunk.draws))):
-        draw = chunk.draws[k]
-        if step < len(draw.steps):
-            at = np.searchsorted(chunk.numbers[k], draw.steps[step])
-            row = at + (chunk.starts[k] - chunk.starts[first])
-            found.append(row[np.argsort(lengths[row], kind="stable")])
-        else:
-            found.append(np.zeros(0, dtype=np.int64))
-    width = max(len(row) for row in found)
-    rows = np.full((devices, width), len(lengths) - 1, dtype=np.int64)
-    for k, row in enumerate(found):
-        rows[k, width - len(row) :] = row
-    return rows
+def _step_rows(visits: Visits, devices: int, steps: int, null: int) -> list[Ints]:
+    """For each step (K, B) rows, shortest first; B is the largest batch among the devices."""
+    cell = visits.owner * steps + visits.step  # ascending: visits come by device and step
+    sizes = np.bincount(cell, minlength=devices * steps)
+    widths = sizes.reshape(devices, steps).max(axis=0)
+    widest = int(widths.max(initial=0))
+    rows = np.full((steps, devices, widest), null, dtype=np.int64)
+    ends = np.cumsum(sizes)
+    column = widest - (ends[cell] - np.arange(len(cell)))
+    rows[visits.step, visits.owner, column] = visits.row
+    return [rows[s, :, widest - width :] for s, width in enumerate(widths.tolist())]
 
 
 def _cut_table(
-    tokens: Tensor, owners: NDArray[np.int64], devices: int, vocabulary: int
-) -> tuple[Tensor, NDArray[np.int64], NDArray[np.int64]]:
+    tokens: Tensor, owners: Ints, devices: int, vocabulary: int
+) -> tuple[Tensor, Ints, Ints]:
     """Tokens renumbered within each device's touched rows, those rows (K, U), and their counts."""
-    keys = tokens[:-1].numpy() + owners[:, None] * vocabulary
-    always = np.arange(devices) * vocabulary
-    unique = np.unique(np.concatenate([keys.ravel(), always]))
-    starts = np.searchsorted(unique, always)
+    keys = tokens[:-1].numpy() + (owners * vocabulary).reshape(-1, *[1] * (tokens.dim() - 1))
+    unique, rank = _ranked(keys, np.arange(devices) * vocabulary, devices * vocabulary)
+    starts = np.searchsorted(unique, np.arange(devices) * vocabulary)
     counts = np.diff(np.append(starts, len(unique)))
     touched = np.zeros((devices, int(counts.max())), dtype=np.int64)
     owner = np.repeat(np.arange(devices), counts)
     touched[owner, np.arange(len(unique)) - starts[owner]] = unique - owner * vocabulary
     renumbered = np.zeros(tuple(tokens.shape), dtype=np.int64)
-    renumbered[:-1] = np.searchsorted(unique, keys) - starts[owners][:, None]
+    renumbered[:-1] = rank - starts[owners].reshape(-1, *[1] * (tokens.dim() - 1))
     return torch.from_numpy(renumbered), touched, counts
+
+
+def _ranked(keys: Ints, always: Ints, cells: int) -> tuple[Ints, Ints]:
+    """The different numbers among `keys` and `always`, all below `cells`, and each key's rank."""
+    if cells > MARKED:
+        unique = np.unique(np.concatenate([keys.ravel(), always]))
+        return unique, np.searchsorted(unique, keys)
+    marks = np.zeros(cells, dtype=bool)
+    marks[keys] = marks[always] = True
+    unique = np.flatnonzero(marks)
+    ranks = np.empty(cells, dtype=np.int64)
+    ranks[unique] = np.arange(len(unique))
+    return unique, ranks[keys]

@@ -9,6 +9,7 @@ from sottovoce.client.coins import HIGH, LOW, example_coins
 from sottovoce.client.fleet import LocalTraining
 from sottovoce.client.groups import DeviceNoise, GroupData
 from sottovoce.privacy.mechanisms.noise import NoiseSource
+from sottovoce.privacy.mechanisms.noise_streams import KEY_BYTES, NoiseStreams
 from sottovoce.simulations.cohort import Draw
 
 
@@ -37,7 +38,7 @@ class GroupCoins:
         if example.mode == "micro_batch":
             data.micro_batches = self.micro_batches(int(example.units(training.plan.batch_size)))
         if example.noise_multiplier > 0:
-            noise.sums = self.of_devices("device noise")
+            noise.sums = self.streams("device noise")
         if example.threshold == "quantile":
             noise.counts = self.of_devices("device counts")
         return noise
@@ -45,6 +46,12 @@ class GroupCoins:
     def of_devices(self, purpose: str) -> list[np.random.Generator]:
         """A generator for each device."""
         return [self.source.generator(purpose, self.round, d.device) for d in self.draws]
+
+    def streams(self, purpose: str) -> NoiseStreams:
+        """A stream of normals for each device."""
+        return NoiseStreams([
+            self.source.digest(purpose, self.round, d.device, size=KEY_BYTES) for d in self.draws
+        ])
 
     def of_examples(self, purpose: str, low: int, high: int) -> NDArray[np.int64]:
         """(batch rows, steps) integers from `low` to `high`; 0 where nobody is."""

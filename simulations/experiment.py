@@ -5,10 +5,9 @@ Coordinator and fleet both build from the same settings; in one process they sha
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import torch
@@ -19,15 +18,24 @@ from torch import nn
 from sottovoce.client.batches import BatchPlan
 from sottovoce.client.errors import ConfigError
 from sottovoce.client.fleet import DeviceOptimizer, ExampleClipping, LocalTraining
+from sottovoce.client.memory import keep_freed_memory
 from sottovoce.client.models import make_model
 from sottovoce.client.models.hub_files import tokenizer_file
 from sottovoce.client.tasks import Task, make_task
 from sottovoce.client.vocabulary import Vocabulary, make_vocabulary
 from sottovoce.privacy.mechanisms.noise import NoiseSource
 from sottovoce.privacy.mechanisms.private_metrics import MetricBounds
+from sottovoce.simulations.attendance import attendance
+from sottovoce.simulations.canaries import with_canaries
+from sottovoce.simulations.canary_devices import with_device_canaries
+from sottovoce.simulations.code_population import with_codes
+from sottovoce.simulations.conditions import make_conditions
+from sottovoce.simulations.continual import on_timeline
+from sottovoce.simulations.cores import worker_count
 from sottovoce.simulations.fleet import SimulatedFleet
 from sottovoce.simulations.population import Population
 from sottovoce.simulations.populations import make_population
+from sottovoce.simulations.timeline import arrival_of, make_timeline
 from sottovoce.strategies.levels import MAX_LEVEL
 
 SECRET_FOLDER = "secret-folder"
@@ -47,17 +55,28 @@ class Experiment:
         """The model before training; its weights follow from the run's seed (0 without one)."""
         return build_model(self.config, self.task)
 
+    @cached_property
+    def payload_bytes(self) -> float:
+        """Bytes of the trained parameters, which travel each way in every round."""
+        return trained_bytes(self.initial_model())
+
+
+def trained_bytes(model: nn.Module) -> float:
+    """Bytes of the parameters that train, as they travel."""
+    return float(sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad))
+
 
 @lru_cache(maxsize=1)
 def build_experiment(config_text: str) -> Experiment:
     """The parts of a run from its settings as YAML; kept for the next caller in this process."""
     config = OmegaConf.create(config_text)
     assert isinstance(config, DictConfig)
-    population = make_population(config.population)
+    population, dated = whole_population(config)
     source, path = vocabulary_source(config)
     vocabulary = make_vocabulary(
-        source, population, buckets=config.task.vocabulary.buckets, path=path
+        source, dated, buckets=config.task.vocabulary.buckets, path=path
     )
+    population, vocabulary = with_canaries(population, vocabulary, config)
     task = make_task(
         config.task.name,
         vocabulary=vocabulary,
@@ -67,6 +86,21 @@ def build_experiment(config_text: str) -> Experiment:
     )
     task.check(population)
     return Experiment(config, population, vocabulary, task, local_training(config, len(population)))
+
+
+def whole_population(config: DictConfig) -> tuple[Population, Population]:
+    """The population of a run, on its timeline, and what of it can be read before round 1."""
+    population = make_population(config.population, progress=config.run.get("progress", False))
+    settings = config.get("timeline")
+    timeline = make_timeline(settings, config.rounds)
+    if timeline is None:
+        population = with_codes(population, config.get("audit"))
+        population = with_device_canaries(
+            population, config.get("audit"), config.privacy.device.clip_norm
+        )
+        return population, population
+    found = on_timeline(population, timeline, arrival_of(settings))
+    return found, found.at_round(0)
 
 
 def vocabulary_source(config: DictConfig) -> tuple[str, str | None]:
@@ -206,24 +240,31 @@ def simulated_fleet(config_text: str, node_config: UserConfig, run_id: int) -> S
     key = (run_id, config_text, folder)
     if key not in _fleets:
         torch.set_num_threads(1)
+        keep_freed_memory()
         experiment = build_experiment(config_text)
         source = noise_source(experiment.config.seed, folder)
-        _fleets.clear()
+        model, settings = experiment.initial_model(), experiment.config.get("conditions")
+        close_fleets()
         _fleets[key] = SimulatedFleet(
             experiment.population,
             experiment.task,
-            experiment.initial_model(),
+            model,
             experiment.training,
             source,
             workers=worker_count(experiment.config.run.workers),
             engine=experiment.config.privacy.example.get("engine", "grouped"),
+            attendance=attendance(
+                make_conditions(settings), experiment.training, trained_bytes(model)
+            ),
         )
     return _fleets[key]
 
 
-def worker_count(workers: int | str) -> int:
-    """Threads that train groups of devices: as given, or one per core for `auto`."""
-    return (os.cpu_count() or 1) if workers == "auto" else int(workers)
+def close_fleets() -> None:
+    """End the worker processes of this process' fleets."""
+    for fleet in _fleets.values():
+        fleet.close()
+    _fleets.clear()
 
 
 def noise_source(seed: int | None, folder: str) -> NoiseSource:

@@ -7,33 +7,48 @@ device) alone: not on the group it trained in, on padding, or on the order of de
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from sottovoce.client.alone import LoneTrainer
 from sottovoce.client.coins import has_dropout
-from sottovoce.client.figures import bounded_figures
 from sottovoce.client.fleet import Fleet, FleetReply, LocalTraining
 from sottovoce.client.groups import GroupData, LocalUpdates
 from sottovoce.client.tasks import Task
-from sottovoce.client.training import GroupTrainer, sparse_table
+from sottovoce.client.training import GroupTrainer
 from sottovoce.privacy.mechanisms.noise import NoiseSource
+from sottovoce.simulations.attendance import Attendance, noted
+from sottovoce.simulations.blocks import (
+    Block,
+    block_devices,
+    by_block,
+    cut_blocks,
+    expected_work,
+    heavy,
+    join,
+    one_thread,
+    spans,
+)
+from sottovoce.simulations.canary_devices import canaries_of, direction_update
 from sottovoce.simulations.cohort import Chunk, Draw, chunks, cut_group, draw_cohort
 from sottovoce.simulations.coins import GroupCoins
+from sottovoce.simulations.group_size import ALONE, GroupSize, Way, possible_ways
 from sottovoce.simulations.population import Population
+from sottovoce.simulations.round_sum import Figures, Room, new_room, room_shapes
+from sottovoce.simulations.round_sum import RoundSum as RoundSum
+from sottovoce.simulations.workers import Workers, layout_of
+from sottovoce.strategies.levels import activity_levels
 
-CHUNK_DEVICES = 512
-CANDIDATES = (8, 16, 32)
-USUAL = 16
-TRIALS = 3
-GROUP_BYTES = 1 << 30  # about, of a group in training
-STACKS = 4  # of trainable weights: they, gradients, moves and noise
-KEPT_BYTES = 10  # in a forward pass, at each position, for each output of a linear layer
+AT_ONCE = 512  # most devices whose examples are gathered in one go
+# With CUDA, autograd has threads once it has run, and nothing may be forked any more: where there
+# are to be workers, this process never trains.
+MANY_BLOCKS = 1 if torch.version.cuda is None else 0
+NOTHING = np.zeros(0, dtype=np.int64)
 
 Trained = tuple[list[Draw], GroupData, LocalUpdates]
 
@@ -42,8 +57,10 @@ class SimulatedFleet(Fleet):
     """Virtual devices of a population.
 
     `source`: keyed randomness of batches and of on-device noise. `group_size`: devices that train
-    at once; None lets the fleet choose (`GroupSize`). `workers`: threads that train groups.
-    `engine`: grouped, or opacus, which trains device by device.
+    at once; None lets the fleet choose (`GroupSize`). `workers`: processes that train blocks of
+    devices (`Workers`); with 1 this process trains them.
+    `engine`: grouped, or opacus, which trains device by device. `attendance`: which of the devices
+    that are asked take part, and with how much of their work; None: all, with all of it.
 
     *Guarantee*: with `training.example`, each local step is the Gaussian mechanism for the example
     unit under add/remove that `ExampleClipping` states for its round, at the Poisson rate of the
@@ -64,14 +81,20 @@ class SimulatedFleet(Fleet):
         group_size: int | None = None,
         workers: int = 1,
         engine: str = "grouped",
+        attendance: Attendance | None = None,
     ) -> None:
         self.population, self.task, self.model = population, task, model
         self.training, self.source, self.workers = training, source, workers
-        self.engine, self.drops = engine, has_dropout(model)
-        alone = 1 if engine == "opacus" else group_size
-        most = largest_group(model, training.plan.batch_size * task.max_length)
-        self.size = GroupSize(alone, fixed=source.reproducible, most=most)
-        self._idle: dict[int, list[GroupTrainer]] = {}
+        self.engine, self.drops, self.attendance = engine, has_dropout(model), attendance
+        self.canaries = canaries_of(population)
+        positions = training.plan.batch_size * task.max_length
+        ways = possible_ways(model, training, engine, positions)
+        if group_size is not None and engine != "opacus":
+            ways = [Way(engine, group_size)]
+        self.size = GroupSize(ways, fixed=source.reproducible)
+        self._trainers: dict[Way, GroupTrainer | LoneTrainer] = {}
+        self._heavy = heavy(model, training, task.max_length)
+        self._processes: Workers | None = None
 
     def train(
         self,
@@ -80,173 +103,137 @@ class SimulatedFleet(Fleet):
         server_round: int,
         levels: NDArray[np.uint8] | None = None,
     ) -> FleetReply:
-        draws = draw_cohort(
-            self.population, devices, self.training.plan, server_round, self.source, levels
-        )
-        total = RoundSum(self.model, self.training, server_round)
-        for group_draws, data, updates in self._trained(parameters, draws, server_round):
-            total.add(group_draws, data, updates)
         first_device = int(devices.min()) if len(devices) else 0
-        return total.reply(self.source.generator("untouched rows", server_round, first_device))
+        devices, canaries = self._apart(devices)
+        blocks, absent = self._blocks(devices, levels, server_round)
+        total = RoundSum(self.model, self.training, server_round)
+        with one_thread():
+            for figures, room in self._sums(parameters, blocks, server_round):
+                total.merge(figures, room)
+            self._add_canaries(total, canaries, server_round)
+        reply = total.reply(self.source.generator("untouched rows", server_round, first_device))
+        return noted(reply, absent)
 
-    def _trained(
-        self, parameters: dict[str, Tensor], draws: list[Draw], server_round: int
-    ) -> Iterator[Trained]:
-        """Every group trained, in order: sums do not depend on the number of workers."""
-        groups = self._groups(draws)
-        with ThreadPoolExecutor(
-            self.workers, initializer=torch.set_num_threads, initargs=(1,)
-        ) as pool:
-            waiting: deque[Future[Trained]] = deque()
-            for chunk, first, size in groups:
-                waiting.append(
-                    pool.submit(self._train_group, parameters, chunk, first, size, server_round)
+    def train_blocks(
+        self,
+        parameters: dict[str, Tensor],
+        blocks: list[Block],
+        server_round: int,
+        room: Callable[[], Room],
+    ) -> Iterator[RoundSum]:
+        """The sum of each of `blocks` in turn, each in a new `room`; one gathering for all."""
+        devices, levels = join(blocks)
+        population = self.population.at_round(server_round)
+        draws = draw_cohort(
+            population, devices, self.training.plan, server_round, self.source, levels
+        )
+        if self.attendance is not None:  # all are here, some with a part of their steps
+            draws, _ = self.attendance.apply(draws, server_round)
+        parts = by_block(draws, blocks)
+        whole = [draw for part in parts for draw in part]
+        (chunk,) = chunks(population, self.task, whole, len(whole))
+        first = end = 0
+        for part in parts:
+            end += len(part)
+            own = replace(chunk, draws=chunk.draws[:end], numbers=chunk.numbers[:end])
+            total = RoundSum(self.model, self.training, server_round, room())
+            while first < end:
+                way = self.size.next()
+                total.add(*self._train_group(parameters, own, first, way, server_round))
+                first = min(first + way.devices, end)
+            yield total
+
+    def close(self) -> None:
+        """End the worker processes; a later round starts new ones."""
+        if self._processes is not None:
+            self._processes.close()
+        self._processes = None
+
+    def _apart(self, devices: NDArray[np.int64]) -> tuple[NDArray[np.int64], list[int]]:
+        """Devices that train, and canaries that hand over a direction."""
+        if self.canaries is None or self.canaries.kind != "direction":
+            return devices, []
+        are = self.canaries.are(devices)
+        return devices[~are], devices[are].tolist()
+
+    def _add_canaries(self, total: RoundSum, canaries: list[int], server_round: int) -> None:
+        """Add what canaries hand over, which is clipped, noised and counted as any other."""
+        shapes = {name: tensor.shape for name, tensor in total.sums.items()}
+        for device in canaries:
+            assert self.canaries is not None
+            total.add(*direction_update(
+                self.canaries, device, self.training, shapes, total.table, server_round
+            ))
+
+    def _blocks(
+        self, devices: NDArray[np.int64], levels: NDArray[np.uint8] | None, server_round: int
+    ) -> tuple[list[Block], dict[str, int]]:
+        """The cohort in blocks, and counts of the devices that conditions keep from its work."""
+        plan, absent = self.training.plan, dict[str, int]()
+        activity = self.population.at_round(server_round).activity
+        steps, rows = expected_work(activity[devices], plan)
+        if self.attendance is not None:
+            own = activity_levels(activity[devices]) if levels is None else levels
+            asked = [
+                Draw(device, level, [NOTHING] * count)
+                for device, level, count in zip(
+                    devices.tolist(), own.tolist(), steps.tolist(), strict=True
                 )
-                if len(waiting) > self.workers:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+            ]
+            here, absent = self.attendance.apply(asked, server_round)
+            devices = np.array([draw.device for draw in here], dtype=np.int64)
+            if levels is not None:
+                levels = np.array([draw.level for draw in here], dtype=np.uint8)
+            whole, rows = expected_work(activity[devices], plan)
+            steps = np.array([len(draw.steps) for draw in here], dtype=np.int64)
+            rows = rows * steps / np.maximum(whole, 1)
+        size = block_devices(len(devices), self.size.devices, heavy=self._heavy)
+        return cut_blocks(devices, levels, (steps, rows), size), absent
 
-    def _groups(self, draws: list[Draw]) -> Iterator[tuple[Chunk, int, int]]:
-        """(chunk, first device, devices) of each group."""
-        for chunk in chunks(self.population, self.task, draws, CHUNK_DEVICES):
-            first = 0
-            while first < len(chunk.draws):
-                size = self.size.next()
-                yield chunk, first, size
-                first += size
+    def _sums(
+        self, parameters: dict[str, Tensor], blocks: list[Block], server_round: int
+    ) -> Iterator[tuple[Figures, Room]]:
+        """Every block's sum, in order; its room is used again for the next."""
+        if self.workers > 1 and len(blocks) > MANY_BLOCKS:
+            yield from self._workers(parameters).train(parameters, blocks, server_round)
+            return
+        room = new_room(room_shapes(self.model, self.training))
+        for some in spans(blocks, AT_ONCE):
+            for total in self.train_blocks(parameters, some, server_round, lambda: room):
+                yield total.figures, room
+
+    def _workers(self, parameters: dict[str, Tensor]) -> Workers:
+        now = self._processes
+        if now is None or now.count != self.workers or now.layout != layout_of(parameters):
+            self.close()
+            self._processes = now = Workers(self, parameters, self.workers, AT_ONCE)
+        return now
 
     def _train_group(
         self,
         parameters: dict[str, Tensor],
         chunk: Chunk,
         first: int,
-        size: int,
+        way: Way,
         server_round: int,
     ) -> Trained:
         began = time.perf_counter()
-        idle = self._idle.setdefault(size, [])
-        trainer = idle.pop() if idle else self._trainer(size)
+        trainer = self._trainers.get(way) or self._trainer(way)
         trainer.training = self.training
         vocabulary = parameters[trainer.table].shape[0] if trainer.table else 0
-        data = cut_group(chunk, first, size, trainer.table_input, vocabulary)
-        draws, numbers = chunk.draws[first : first + size], chunk.numbers[first : first + size]
-        coins = GroupCoins(self.source, server_round, draws, numbers)
+        data = cut_group(chunk, first, way.devices, trainer.table_input, vocabulary)
+        here = slice(first, first + way.devices)
+        draws = chunk.draws[here]
+        coins = GroupCoins(self.source, server_round, draws, chunk.numbers[here])
         noise = coins.toss(data, self.training, dropout=self.drops)
         updates = trainer.train(parameters, data, server_round, noise)
-        idle.append(trainer)
-        self.size.measured(size, len(draws), time.perf_counter() - began)
+        work = sum(draw.rows for draw in draws)
+        self.size.measured(way, work, time.perf_counter() - began)
         return draws, data, updates
 
-    def _trainer(self, size: int) -> GroupTrainer:
-        return GroupTrainer(self.model, self.task, self.training, size, self.engine)
-
-
-class RoundSum:
-    """The sum of a fleet's clipped updates, with the noise of rows that nobody drew.
-
-    A device's noise on an embedding row that its text never touched does not enter its training,
-    only the sum. Independent Gaussians add up to one of their summed variance, so those draws are
-    made once for the sum: exact in distribution.
-    """
-
-    def __init__(self, model: nn.Module, training: LocalTraining, server_round: int) -> None:
-        self.training = training.at(server_round)
-        self.table = sparse_table(model, training)[0]
-        self.sums = {
-            name: torch.zeros(p.shape, dtype=torch.float64)
-            for name, p in model.named_parameters()
-            if p.requires_grad
-        }
-        rows = self.sums[self.table].shape[0] if self.table else 0
-        self.untouched = torch.zeros(rows, dtype=torch.float64)  # variance still to be drawn
-        self._variances: dict[int, float] = {}
-        self.levels: dict[int, int] = {}
-        self.dropped = 0
-        self.totals = dict.fromkeys(
-            ("examples", "loss", "clipped_examples", "clipped_devices", "norm"), 0.0
+    def _trainer(self, way: Way) -> GroupTrainer | LoneTrainer:
+        parts = self.model, self.task, self.training
+        self._trainers[way] = LoneTrainer(*parts) if way.engine == ALONE else GroupTrainer(
+            *parts, way.devices, way.engine, lends=True
         )
-
-    def add(self, draws: list[Draw], data: GroupData, updates: LocalUpdates) -> None:
-        here = len(draws)
-        keep = updates.finite[:here]
-        for name, signal in updates.signal.items():
-            part = signal if updates.noise is None else signal + updates.noise[name]
-            part = part[:here][keep].double()
-            if name == self.table:
-                rows = torch.from_numpy(data.touched[:here])[keep]
-                self.sums[name].index_add_(0, rows.flatten(), part.flatten(0, 1))
-            else:
-                self.sums[name] += part.sum(0)
-        for k in torch.nonzero(keep).flatten().tolist():
-            self.levels[draws[k].level] = self.levels.get(draws[k].level, 0) + 1
-            self._owe(draws[k].level, data.touched[k, : data.touched_counts[k]])
-        self._count(updates, keep)
-
-    def _owe(self, level: int, touched: NDArray[np.int64]) -> None:
-        if self.table is None:
-            return
-        if level not in self._variances:
-            self._variances[level] = self.training.noise_variance(level)
-        variance = self._variances[level]
-        if variance:
-            self.untouched += variance
-            self.untouched[torch.from_numpy(touched)] -= variance
-
-    def _count(self, updates: LocalUpdates, keep: Tensor) -> None:
-        here = len(keep)
-        self.dropped += here - int(keep.sum())
-        bounds, clip_norm = self.training.metric_bounds, self.training.update_clip_norm
-        if bounds is not None and clip_norm is not None:
-            for name, value in bounded_figures(updates, keep, bounds, clip_norm).items():
-                self.totals[name] = self.totals.get(name, 0.0) + value
-        self.totals["examples"] += updates.examples
-        self.totals["loss"] += updates.loss
-        self.totals["clipped_examples"] += updates.clipped_examples
-        self.totals["clipped_devices"] += int(updates.clipped[:here][keep].sum())
-        self.totals["norm"] += float(updates.norms[:here][keep].sum())
-
-    def reply(self, generator: np.random.Generator) -> FleetReply:
-        """The finished sum in float32. `generator`: source of the untouched rows' noise."""
-        if self.table and bool((self.untouched > 0).any()):
-            table = self.sums[self.table]
-            noise = torch.from_numpy(generator.standard_normal(tuple(table.shape)))
-            table += noise * self.untouched.clamp_min(0).sqrt().unsqueeze(1)
-        sums = {name: tensor.float() for name, tensor in self.sums.items()}
-        return FleetReply(sums, self.levels, self.dropped, self.totals)
-
-
-def largest_group(model: nn.Module, positions: int) -> int:
-    """Devices that a thread has room for at once, each with `positions` in a step's batch."""
-    own = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    widths = sum(getattr(m, "out_features", 0) for m in model.modules())
-    return max(1, GROUP_BYTES // max(1, own * STACKS + positions * widths * KEPT_BYTES))
-
-
-class GroupSize:
-    """How many devices train at once: the fastest of a few sizes, timed on the first groups.
-
-    With a seed the size is fixed, so that the run's last bits do not depend on a clock. `most`:
-    for large models, which do not fit many times; it bounds what is chosen, not a given `size`.
-    """
-
-    def __init__(self, size: int | None, *, fixed: bool, most: int = max(CANDIDATES)) -> None:
-        self._sizes = [size for size in CANDIDATES if size <= most]
-        self._usual = min(USUAL, most)
-        alone = fixed or not self._sizes
-        self.chosen: int | None = size or (self._usual if alone else None)
-        self._trials = [size for size in self._sizes for _ in range(TRIALS)]
-        self._seconds: dict[int, list[float]] = {size: [] for size in self._sizes}
-
-    def next(self) -> int:
-        if self.chosen is not None:
-            return self.chosen
-        return self._trials.pop(0) if self._trials else self._usual
-
-    def measured(self, size: int, devices: int, seconds: float) -> None:
-        """Note how long a group took; a size's first group warms up and does not count."""
-        if self.chosen is not None:
-            return
-        self._seconds[size].append(seconds / devices)
-        if all(len(seconds) >= TRIALS for seconds in self._seconds.values()):
-            self.chosen = min(self._sizes, key=lambda s: min(self._seconds[s][1:]))
+        return self._trainers[way]

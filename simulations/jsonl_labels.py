@@ -8,6 +8,7 @@ names found in the training and test files are treated as public, and the report
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +16,13 @@ from numpy.typing import NDArray
 
 from sottovoce.client.errors import DataError
 from sottovoce.client.examples import Schema
-from sottovoce.simulations.jsonl_reader import Reader
 
 
-def label_sets(reader: Reader, labels: str | Path | None) -> Schema:
+def label_sets(
+    found_intents: Iterable[str], found_tags: Iterable[str], labels: str | Path | None
+) -> Schema:
     """The label sets, from the labels file or from the data."""
-    intents, tags = tuple(sorted(reader.intents)), tuple(sorted(set(reader.tags) - {"O"}))
+    intents, tags = tuple(sorted(found_intents)), tuple(sorted(set(found_tags) - {"O"}))
     if labels is not None:
         given = _read_labels(Path(labels))
         _check_known(labels, "intents", intents, given["intents"])
@@ -58,7 +60,7 @@ def _check_known(
             raise DataError(f"{path}: the data has '{label}', {name} has not: add it there")
 
 
-def label_numbers(found: dict[str, int], labels: tuple[str, ...]) -> NDArray[np.int32]:
+def label_numbers(found: Iterable[str], labels: tuple[str, ...]) -> NDArray[np.int32]:
     """Number in `labels` of each label as the reader numbered it."""
     place = {label: number for number, label in enumerate(labels)}
     return np.array([place.get(label, 0) for label in found], dtype=np.int32)

@@ -49,9 +49,20 @@ class Population(ABC):
     def held_out_devices(self, limit: int | None = None) -> Examples:
         """Examples of (at most `limit`) held-out devices."""
 
+    def held_out_activity(self, limit: int | None = None) -> NDArray[np.unsignedinteger[Any]]:
+        """(devices,) examples that each of the `held_out_devices` has, evaluated or not.
+
+        Those that are evaluated, where a source knows no more.
+        """
+        return np.diff(self.held_out_devices(limit).device_offsets).astype(np.uint32)
+
     @abstractmethod
     def held_out_examples(self, limit: int | None = None) -> Examples | None:
         """Held-out examples of training devices, or None where the source has none."""
+
+    def at_round(self, server_round: int) -> Population:
+        """What devices hold in a round: always the same, unless there is a timeline."""
+        return self
 
     def expected_level_counts(self) -> NDArray[np.float64] | None:
         """(levels,) expected devices per activity level under the *public* activity model.

@@ -9,24 +9,27 @@ from typing import Any
 from sottovoce.client.errors import ConfigError
 from sottovoce.simulations.assistant import AssistantConfig, AssistantPopulation
 from sottovoce.simulations.jsonl import JsonlConfig, JsonlPopulation
+from sottovoce.simulations.parquet import ParquetConfig, ParquetPopulation
 from sottovoce.simulations.population import Population
 
 NOT_OF_THE_SOURCE = {"name", "max_examples_per_round"}  # read by others from the same settings
 
-POPULATIONS: dict[str, type[AssistantConfig] | type[JsonlConfig]] = {
+POPULATIONS: dict[str, type[AssistantConfig] | type[JsonlConfig] | type[ParquetConfig]] = {
     "assistant": AssistantConfig,
     "jsonl": JsonlConfig,
     "snips": JsonlConfig,
     "hwu": JsonlConfig,
     "shakespeare": JsonlConfig,
     "chitchat": JsonlConfig,
+    "parquet": ParquetConfig,
 }
 
 
-def make_population(config: Any) -> Population:
+def make_population(config: Any, progress: bool = False) -> Population:
     """The population that `config` (a mapping or a dataclass instance) describes.
 
-    Raises ConfigError for an unknown name or setting, DataError for malformed files.
+    `progress`: whether building an index shows a bar, on a terminal. Raises ConfigError for an
+    unknown name or setting, DataError for malformed files.
     """
     settings = _settings(config)
     name = settings.get("name")
@@ -48,7 +51,8 @@ def make_population(config: Any) -> Population:
         return AssistantPopulation(**own)
     if own["path"] == "???":
         raise ConfigError("population.path is missing: set it to a JSONL file")
-    return JsonlPopulation(name=name, **own)
+    source = ParquetPopulation if kind is ParquetConfig else JsonlPopulation
+    return source(name=name, progress=progress, **own)
 
 
 def _settings(config: Any) -> dict[str, Any]:

@@ -52,11 +52,30 @@ def model_counts(expected: NDArray[np.float64]) -> LevelCounts:
     return LevelCounts("model", counts, most)
 
 
-def exact_counts(levels: NDArray[np.uint8]) -> LevelCounts:
-    """The histogram of `levels`: (devices,)."""
+def sampled_counts(found: NDArray[np.int64], drawn: int, devices: int) -> LevelCounts:
+    """Counts under a public model from `found`, (levels,), of `drawn` devices that follow it.
+
+    A true mean is above `found` + L + sqrt(2 L `found` + L^2) for one draw in e^L at most
+    (Chernoff's bound on the lower tail), L = 43; `most` is what such a mean allows.
+    """
+    risk = _LOG_RISK + 1  # of two: the reference's chance and the population's
+    counts = {level: float(n) * devices / drawn for level, n in enumerate(found)}
+    means = {
+        level: (n + risk + math.sqrt(2 * risk * n + risk**2)) * devices / drawn
+        for level, n in enumerate(found.tolist())
+    }
+    most = {level: math.ceil(_poisson_quantile(mean)) for level, mean in means.items()}
+    return LevelCounts("model", counts, most)
+
+
+def exact_counts(
+    levels: NDArray[np.uint8], source: Literal["exact", "model"] = "exact"
+) -> LevelCounts:
+    """The histogram of `levels`: (devices,). `source`: model where levels follow from public facts.
+    """
     found = np.bincount(levels, minlength=MAX_LEVEL + 1)
     counts = {level: int(count) for level, count in enumerate(found)}
-    return LevelCounts("exact", {level: float(n) for level, n in counts.items()}, counts)
+    return LevelCounts(source, {level: float(n) for level, n in counts.items()}, counts)
 
 
 def noised_counts(

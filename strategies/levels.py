@@ -28,6 +28,26 @@ def activity_levels(activity: NDArray[np.integer]) -> NDArray[np.uint8]:
     return found
 
 
+def row_of(lowest: int, highest: int) -> int:
+    """The ledger's row for devices that were at levels from `lowest` to `highest`.
+
+    The level's own number for those that stayed; beyond `MAX_LEVEL` for others.
+    """
+    levels = MAX_LEVEL + 1
+    return lowest if lowest == highest else levels + lowest * levels + highest
+
+
+def levels_of_row(row: int) -> tuple[int, int]:
+    """(lowest, highest) level of a row."""
+    return (row, row) if row <= MAX_LEVEL else divmod(row - MAX_LEVEL - 1, MAX_LEVEL + 1)
+
+
+def row_text(row: int) -> str:
+    """A row's name: the level, or "3 to 5" for devices that moved between these."""
+    low, high = levels_of_row(row)
+    return str(low) if low == high else f"{low} to {high}"
+
+
 def level_size(level: int) -> int:
     """Smallest number of examples of a device at `level`."""
     return 1 << level

@@ -4,7 +4,7 @@ Algorithm (DP-FedAvg, McMahan et al. 2018, arXiv:1710.06963, with known inclusio
 
     cohort  <- sampler(round)                      Poisson by public activity level
     total   <- sum over fleets of clipped updates
-    release <- (total + noise) / expected cohort   expected and public, never the replies' number
+    release <- (total + noise) / divisor           public, never the replies' number
     theta   <- server optimiser(theta, release)
     ledger  <- one event for the round, more when a level's most frequent device rises
 """
@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sottovoce.client.errors import RunError
-from sottovoce.client.fleet import FleetReply, LocalTraining
+from sottovoce.client.fleet import ABSENCES, PARTIAL, FleetReply, LocalTraining
 from sottovoce.client.messages import read_reply, to_record, to_tensors, train_content
 from sottovoce.privacy.accounting.events import Event, GaussianEvent, LevelEntry
 from sottovoce.privacy.accounting.ledger import Ledger
@@ -34,10 +34,13 @@ from sottovoce.privacy.mechanisms.correlated import CorrelatedMechanism
 from sottovoce.privacy.mechanisms.device import DeviceMechanism
 from sottovoce.privacy.mechanisms.noise import NoiseSource
 from sottovoce.privacy.mechanisms.private_metrics import PrivateMetrics
+from sottovoce.strategies.canary_watch import CanaryWatch
 from sottovoce.strategies.levels import activity_levels
 from sottovoce.strategies.optimizers import ServerOptimizer
 from sottovoce.strategies.participation import Participation
+from sottovoce.strategies.projection import projected
 from sottovoce.strategies.samplers import Sampler
+from sottovoce.strategies.windowed import Row, WindowedParticipation
 
 Tensors = dict[str, Tensor]
 Mechanism = DeviceMechanism | AdaptiveMechanism | CorrelatedMechanism
@@ -67,22 +70,30 @@ class Round:
 class NoisedSum(Strategy):
     """Flower strategy of a private run. See the module's algorithm.
 
-    `activity`: (devices,) of which only levels are read, or nothing where `sampler` has reports.
+    `activity`: (devices,) of which only levels are read, or nothing where `sampler` has reports; on
+    a timeline a function from the round to it, and `participation` a windowed one.
     `mechanism`: None for a run without device-level noise. `training`: what devices do, as far as
     accounting must know it. `settings`: the run's, as YAML, for the fleets. `private_metrics`: how
     training metrics are noised, whose `rest` is the mechanism's multiplier; None: they are exact.
+    `divisor`: of the noised sums, a public constant; None: the sampler's expected cohort.
+    `projection`: devices for which each one that trains stands; other than 1, nothing is
+    guaranteed of this run (`sottovoce.strategies.projection`). `canaries`: who watches the run's
+    canary devices, if it has any.
 
     *Guarantee*: device unit, observer `release`: the mechanism's, at the sampler's rates where it
     is not correlated, every round an event in `ledger`; example unit, observer `server`: the
-    fleets' noised steps. Nobody takes part but as `participation` allows, whatever is drawn.
-    *Assumes*: the sampler's coins are secret where rates are claimed; fleets are honest.
+    fleets' noised steps. Nobody takes part but as `participation` allows, whatever is drawn: who
+    was asked has taken part there, answer or not. An asked device that does not answer only makes
+    its true inclusion probability smaller than the accounted one.
+    *Assumes*: the sampler's coins are secret where rates are claimed; fleets are honest; whether a
+    device answers does not depend on its data, given its level.
     """
 
     def __init__(
         self,
         *,
         sampler: Sampler,
-        activity: NDArray[np.unsignedinteger],
+        activity: NDArray[np.unsignedinteger] | Callable[[int], NDArray[np.unsignedinteger]],
         optimizer: ServerOptimizer,
         mechanism: Mechanism | None,
         training: LocalTraining,
@@ -91,8 +102,14 @@ class NoisedSum(Strategy):
         source: NoiseSource,
         settings: str,
         private_metrics: PrivateMetrics | None = None,
+        divisor: float | None = None,
+        projection: float = 1.0,
+        canaries: CanaryWatch | None = None,
     ) -> None:
+        self.canaries = canaries
         self.private_metrics = private_metrics
+        self.divisor = sampler.expected_cohort_size if divisor is None else divisor
+        self.projection = projection
         self.lost: set[int] = set()  # rounds asked for before, whose figures may be out already
         self.sampler, self.activity, self.optimizer = sampler, activity, optimizer
         self.mechanism, self.training, self.ledger = mechanism, training, ledger
@@ -104,8 +121,10 @@ class NoisedSum(Strategy):
     ) -> list[Message]:
         """One message for each fleet that hosts a sampled device (device id modulo fleets)."""
         devices = self.participation.allowed(self.sampler.sample(server_round), server_round)
+        if self.canaries is not None:
+            devices = self.canaries.admit(devices)
         reported = self.sampler.reported
-        levels = activity_levels(self.activity[devices]) if reported is None else reported[devices]
+        levels = self._levels(devices, server_round) if reported is None else reported[devices]
         self.current = Round(server_round, to_tensors(arrays), devices, levels)
         nodes = sorted(grid.get_node_ids())
         if not nodes:
@@ -135,15 +154,21 @@ class NoisedSum(Strategy):
         total, complaints = self._collect(current, replies)
         for event in self._events(current):
             self.ledger.append(event)
-        release, deviation = self._release(total, server_round)
-        expected = self.sampler.expected_cohort_size
-        update = {name: tensor / expected for name, tensor in release.items()}
+        whole = projected(total, self.projection)
+        release, deviation = self._release(whole, server_round)
+        update = {name: tensor / self.divisor for name, tensor in release.items()}
+        if self.canaries is not None:
+            self.canaries.observe(
+                server_round, update, deviation=deviation,
+                clip_norm=None if self.mechanism is None else self.mechanism.clip_norm,
+                answered=sum(total.devices_by_level.values()),
+            )
         parameters = self.optimizer.step(current.parameters, update)
         if self.private_metrics is None:
             metrics = self._metrics(current, total, update, deviation)
         else:
-            metrics = self._noised_metrics(total, server_round)
-        self._observe(total, server_round)
+            metrics = self._noised_metrics(whole, server_round)
+        self._observe(whole, server_round)
         if complaints:
             if self.private_metrics is None:
                 metrics["bad_replies"] = len(complaints)
@@ -160,6 +185,11 @@ class NoisedSum(Strategy):
         """
         self.lost.add(server_round)
         example, plan = self.training.at(server_round).example, self.training.plan
+        if example is not None and isinstance(self.participation, WindowedParticipation):
+            raise RunError(
+                f"round {server_round} was asked for before, and on a timeline nobody can tell "
+                "which profiles of participation a repetition would add to: start a new run"
+            )
         if example is not None:
             levels = sorted(self.sampler.rates)
             self.ledger.append(_example_event(
@@ -170,6 +200,8 @@ class NoisedSum(Strategy):
 
     def events_ahead(self) -> list[Event]:
         """Events that the next round may at most append: what a budget stop must reckon with."""
+        if isinstance(self.participation, WindowedParticipation):
+            return self._windowed_ahead(self.participation)
         worst = self.participation.worst
         ahead = {
             level: worst.get(level, 0) + 1
@@ -218,6 +250,8 @@ class NoisedSum(Strategy):
             count * training.noise_variance(level)
             for level, count in total.devices_by_level.items()
         )
+        if local and self.projection != 1:
+            raise RunError("devices' own noise cannot stand for that of a larger cohort")
         generator = self.source.generator(CENTRAL_NOISE, server_round)
         return mechanism.release(total.sums, local, generator), mechanism.deviation
 
@@ -250,7 +284,43 @@ class NoisedSum(Strategy):
         bound = self.mechanism.local_variance_bound * share
         return replace(self.mechanism, local_variance_bound=bound)
 
+    def _levels(self, devices: NDArray[np.int64], server_round: int) -> NDArray[np.uint8]:
+        """(devices,) level of each in a round."""
+        activity = self.activity(server_round) if callable(self.activity) else self.activity
+        return activity_levels(activity[devices])
+
+    def _windowed_ahead(self, participation: WindowedParticipation) -> list[Event]:
+        number = participation.next_round
+
+        def levels_of(devices: NDArray[np.int64]) -> NDArray[np.int64]:
+            assert callable(self.activity)
+            held = self.activity(number)[devices]
+            levels = activity_levels(np.maximum(held, 1)).astype(np.int64)
+            return np.where(held > 0, levels, -1)
+
+        rows = [] if self.training.example is None else participation.ahead(levels_of)
+        return self._device_events(number) + self._windowed_events(rows, None)
+
+    def _windowed_events(self, booked: list[list[Row]], server_round: int | None) -> list[Event]:
+        """One participation more on every row; see `WindowedParticipation`."""
+        example, plan = self.training.example, self.training.plan
+        if example is None:
+            return []
+        noise = example.noise_multiplier / example.multiple
+        return [
+            _example_event(
+                noise,
+                [(row, plan.rate(at), plan.steps(at, 1 << at)) for row, at in rows],
+                server_round,
+            )
+            for rows in booked
+        ]
+
     def _events(self, current: Round) -> list[Event]:
+        if isinstance(self.participation, WindowedParticipation):
+            rows = self.participation.raised(current.devices, current.levels, current.number)
+            events = self._windowed_events(rows, current.number)
+            return self._device_events(current.number) + events
         risen = self.participation.add(current.devices, current.levels, current.number)
         worst = {level: self.participation.worst[level] for level in risen}
         return self._device_events(current.number) + self._example_events(worst, current.number)
@@ -260,7 +330,10 @@ class NoisedSum(Strategy):
             return []
         if isinstance(self.mechanism, CorrelatedMechanism):
             return [self.mechanism.event(server_round)]
-        rates = sorted(self.sampler.rates.items())
+        rates = sorted(
+            (self.sampler.rates if server_round is None
+             else self.sampler.rates_at(server_round)).items()
+        )
         fixed = self.sampler.sampling == "fixed_size"
         purpose = COUNTED if isinstance(self.mechanism, AdaptiveMechanism) else SUMMED
         figures = self.private_metrics
@@ -316,11 +389,12 @@ class NoisedSum(Strategy):
         devices = sum(total.devices_by_level.values())
         examples = total.totals.get("examples", 0.0)
         levels, counts = np.unique(current.levels, return_counts=True)
-        signal = _norm(total.sums)
+        signal = self.projection * _norm(total.sums)
+        absent = {name: int(total.totals[name]) for name in ABSENCES if name in total.totals}
         size = sum(tensor.numel() for tensor in update.values())
         metrics: dict[str, int | float | list[int]] = {
             "devices": devices,
-            "dropped": total.dropped,
+            "dropped": total.dropped - sum(absent.values()),
             "examples": int(examples),
             "levels": levels.tolist(),
             "devices_by_level": counts.tolist(),
@@ -330,6 +404,9 @@ class NoisedSum(Strategy):
             / max(examples, 1.0),
             "mean_signal_norm": total.totals.get("norm", 0.0) / max(devices, 1),
         }
+        metrics |= absent
+        if PARTIAL in total.totals:
+            metrics[PARTIAL] = int(total.totals[PARTIAL])
         if examples and devices:
             metrics["train_loss"] = total.totals.get("loss", 0.0) / examples
         if self.mechanism is not None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +28,16 @@ from sottovoce.strategies.levels import MAX_LEVEL
 from sottovoce.strategies.rates import check_cohort
 
 _STREAM = 0x5A3B1E5
+
+
+class PublicRates(Protocol):
+    """Rates of a stretch of rounds; see `Sampler`."""
+
+    @property
+    def rates(self) -> dict[int, float]: ...
+
+    @property
+    def most_devices_by_level(self) -> dict[int, int]: ...
 
 
 class Sampler(ABC):
@@ -58,6 +69,19 @@ class Sampler(ABC):
     @abstractmethod
     def sample(self, round: int) -> NDArray[np.int64]:
         """Ids of the devices in `round`, sorted; may be empty."""
+
+    def rates_at(self, round: int) -> dict[int, float]:
+        """Inclusion probability of a device at each level in `round`."""
+        return self.rates
+
+    def plan(self, rounds: int) -> list[LevelEntry]:
+        """(level, rate, count) of all of a run's rounds; a level may come more than once."""
+        return [(level, rate, rounds) for level, rate in sorted(self.rates.items())]
+
+    @property
+    def parts(self) -> Sequence[PublicRates]:
+        """What is public of each stretch of rounds with the same rates."""
+        return (self,)
 
     @property
     def by_level(self) -> tuple[LevelEntry, ...]:

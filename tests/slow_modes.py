@@ -7,6 +7,7 @@ import math
 import numpy as np
 import torch
 from reference import train_device
+from small_fleets import noise_stream, slow_noise
 from torch import Tensor, nn
 
 from sottovoce.client.fleet import ExampleClipping
@@ -50,9 +51,10 @@ class SlowDevice:
         self.units = max(1, round(size / example.micro_batch_size)) if micro else size
         everything = fast.population.examples(np.array([draw.device]))
         self.batch = fast.task.collate(everything)
-        self.noise, self.counts, coins = (
+        self.noise = noise_stream(fast, draw.device, server_round)
+        self.counts, coins = (
             fast.source.generator(purpose, server_round, draw.device)
-            for purpose in ("device noise", "device counts", "micro-batches")
+            for purpose in ("device counts", "micro-batches")
         )
         shape = (len(self.batch["lengths"]), len(draw.steps))
         self.coins = coins.integers(0, self.units - 1, size=shape, endpoint=True)
@@ -119,13 +121,8 @@ class SlowDevice:
         if self.example.threshold == "quantile":
             count_noise = self._count_noise()
             multiplier = (multiplier**-2 - (2 * count_noise) ** -2) ** -0.5
-        drawn = {n: torch.zeros_like(p) for n, p in self.fast.model.named_parameters()}
-        for name, tensor in drawn.items():
-            rows = self.touched if name == self.table else np.arange(len(tensor))
-            shape = (len(rows), *tensor.shape[1:])
-            noise = self.noise.standard_normal(shape, dtype=np.float32)
-            tensor[rows] = torch.from_numpy(noise) * (multiplier * self.clip / self.units)
-        return drawn
+        drawn = slow_noise(self.noise, self.fast.model, self.table, self.touched)
+        return {n: tensor * (multiplier * self.clip / self.units) for n, tensor in drawn.items()}
 
     def move(self, count: float) -> None:
         if self.example.threshold == "quantile":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
 
 import numpy as np
@@ -16,13 +17,15 @@ from sottovoce.client.fleet import (
     FleetReply,
     LocalTraining,
 )
+from sottovoce.client.groups import GroupData, LocalUpdates
 from sottovoce.client.models import make_model
 from sottovoce.client.tasks import Task, make_task
-from sottovoce.client.training import sparse_table
+from sottovoce.client.training import GroupTrainer, sparse_table
 from sottovoce.client.vocabulary import make_vocabulary
 from sottovoce.privacy.mechanisms.noise import NoiseSource
+from sottovoce.privacy.mechanisms.noise_streams import KEY_BYTES, NoiseStreams
 from sottovoce.simulations.assistant import AssistantPopulation
-from sottovoce.simulations.cohort import Draw, draw_cohort
+from sottovoce.simulations.cohort import Draw, chunks, draw_cohort
 from sottovoce.simulations.fleet import SimulatedFleet
 
 SIZES = {
@@ -90,14 +93,10 @@ def slow_update(
         return fast.task.losses(m, {k: v[rows] for k, v in everything.items()})
 
     table, _ = sparse_table(model, training)
-    generator = fast.source.generator("device noise", server_round, draw.device)
+    stream = noise_stream(fast, draw.device, server_round)
 
     def noise() -> dict[str, Tensor]:
-        drawn = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
-        for name, tensor in drawn.items():
-            rows = touched if name == table else np.arange(len(tensor))
-            shape = (len(rows), *tensor.shape[1:])
-            tensor[rows] = torch.from_numpy(generator.standard_normal(shape, dtype=np.float32))
+        drawn = slow_noise(stream, model, table, touched)
         return {name: tensor * training.step_deviation for name, tensor in drawn.items()}
 
     floor = optimizer.eps_floor or 0.0
@@ -113,6 +112,28 @@ def slow_update(
         if optimizer.name == "adam" else None,
     )
     return signal, drift
+
+
+def noise_stream(fast: SimulatedFleet, device: int, server_round: int) -> NoiseStreams:
+    """A device's own noise in a round."""
+    key = fast.source.digest("device noise", server_round, device, size=KEY_BYTES)
+    return NoiseStreams([key])
+
+
+def slow_noise(
+    stream: NoiseStreams, model: nn.Module, table: str | None, touched: np.ndarray
+) -> dict[str, Tensor]:
+    """The next step's normals of one device, in the `touched` rows of a cut table only."""
+    drawn = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    others = [tensor for name, tensor in drawn.items() if name != table]
+    flat = stream.draw([sum(tensor.numel() for tensor in others)])[0]
+    for tensor in others:
+        tensor.copy_(flat[: tensor.numel()].view(tensor.shape))
+        flat = flat[tensor.numel() :]
+    if table is not None:
+        width = drawn[table].shape[1]
+        drawn[table][touched] = stream.draw([len(touched) * width])[0].view(-1, width)
+    return drawn
 
 
 def slow_sum(fast: SimulatedFleet, devices: np.ndarray, server_round: int) -> dict[str, Tensor]:
@@ -142,6 +163,24 @@ def of_device(
         found[table] = torch.zeros_like(like[table])
         found[table][torch.from_numpy(rows)] = stacks[table][k, : len(rows)]
     return found
+
+
+def trained(
+    fast: SimulatedFleet, parameters: dict[str, Tensor], draws: list[Draw], server_round: int
+) -> Iterator[tuple[list[Draw], GroupData, LocalUpdates]]:
+    """Every group of `draws`, its devices keeping the noise of their last step to themselves."""
+    trainers = {}
+    for chunk in chunks(fast.population, fast.task, draws, len(draws)):
+        first = 0
+        while first < len(draws):
+            way = fast.size.next()
+            if way not in trainers:
+                trainers[way] = GroupTrainer(
+                    fast.model, fast.task, fast.training, way.devices, way.engine
+                )
+                fast._trainers = trainers
+            yield fast._train_group(parameters, chunk, first, way, server_round)
+            first += way.devices
 
 
 def noised(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any, cast
@@ -20,10 +20,18 @@ from torch import Tensor, nn
 
 from sottovoce.client.errors import ConfigError, RunError
 from sottovoce.client.examples import Examples, Schema
-from sottovoce.privacy import GaussianEvent, Ledger
+from sottovoce.privacy import (
+    GaussianEvent,
+    Ledger,
+    NonPrivateRelease,
+    RandomisedReport,
+    epsilon,
+)
 from sottovoce.privacy.audit import one_run_p_value
+from sottovoce.privacy.audit.attack_run import audit_run
 from sottovoce.privacy.audit.attacks import ATTACKS
 from sottovoce.privacy.audit.bounds import LowerBound
+from sottovoce.privacy.audit.leakage import Leakage, Probe
 from sottovoce.privacy.audit.material import FinishedRun, Material, device_means
 from sottovoce.privacy.audit.membership import (
     Guesses,
@@ -33,6 +41,9 @@ from sottovoce.privacy.audit.membership import (
     measure,
     split_bound,
 )
+from sottovoce.privacy.audit.outcome import Utility
+from sottovoce.privacy.audit.page import render_page
+from sottovoce.privacy.audit.record import audit_record, json_text
 from sottovoce.privacy.audit.roc import auc, auc_interval, roc, tpr_at_fpr
 from sottovoce.privacy.audit.run import AuditConfig, run_audit
 from sottovoce.privacy.audit.verdict import (
@@ -226,6 +237,59 @@ def test_exit_codes_are_the_published_ones() -> None:
     }
 
 
+def test_a_bound_is_held_against_the_claim_for_the_neighbours_it_tells_apart() -> None:
+    claim = Claim("device", "release", 2.0, 1e-5, exchanged=4.0)
+    bound = LowerBound(3.0, 0.95, "test", 5.0, "coins")
+    def judged(relation: str) -> Verdict:
+        finding = Finding("attack", "device", "release", bound, None, relation)
+        return judge_claim(claim, [finding]).verdict
+
+    assert judged("add_remove") is Verdict.VIOLATION
+    assert judged("replace_one") is Verdict.NO_VIOLATION_FOUND
+    assert judged("zero_out") is Verdict.INVALID
+
+
+def test_exchanging_doubles_the_sensitivity_and_drops_samples_that_show() -> None:
+    def claimed(**fields: Any) -> Claim:
+        event = GaussianEvent(noise_multiplier=1.5, **fields)
+        ledger = Ledger([event], deltas={"device": 1e-5})
+        return read_claims(ledger, {}, epsilon)[0]
+
+    def spent(noise: float) -> float:
+        return epsilon(GaussianEvent(noise_multiplier=noise), 1e-5)
+
+    plain = claimed()
+    assert plain.epsilon == pytest.approx(spent(1.5))
+    assert plain.exchanged == pytest.approx(spent(0.75))
+    assert claimed(relation="zero_out").exchanged == plain.exchanged
+    shows = claimed(relation="zero_out", sampling="poisson", sampling_rate=0.1)
+    assert shows.exchanged == pytest.approx(spent(0.75)) and shows.relation == "zero_out"
+    secret = claimed(sampling="poisson", sampling_rate=0.1)
+    assert secret.exchanged is not None
+    assert secret.epsilon < secret.exchanged < claimed().exchanged  # type: ignore[operator]
+
+
+def test_only_unsampled_gaussian_ledgers_have_gaussian_claims() -> None:
+    def gaussian(*events: Any) -> bool:
+        return read_claims(Ledger(events, deltas={"device": 1e-5}), {}, epsilon)[0].gaussian
+
+    unsampled = GaussianEvent(noise_multiplier=1.5, count=3)
+    assert gaussian(unsampled)
+    assert gaussian(unsampled, GaussianEvent(noise_multiplier=4.0, relation="zero_out"))
+    assert not gaussian(GaussianEvent(noise_multiplier=1, sampling="poisson", sampling_rate=0.1))
+    assert not gaussian(unsampled, RandomisedReport.from_epsilon(1.0, 4, observer="release"))
+    assert not gaussian(unsampled, NonPrivateRelease(purpose="vocabulary"))
+
+
+def test_a_gaussian_ledger_gets_the_gaussian_bound_and_others_do_not(folder: Path) -> None:
+    _, record = _audit(folder, FakeRun(leak=0.4), attacks=["device_loss"])
+    assert record["claim"]["mechanism"] == "gaussian"
+    assert "Gaussian" in record["attacks"][0]["method"]
+    _, record = _audit(folder, FakeRun(leak=0.4, sampling_rate=0.5), attacks=["device_loss"])
+    assert record["claim"]["mechanism"] == "any"
+    assert "Gaussian" not in record["attacks"][0]["method"]
+
+
 def test_a_unit_that_no_event_names_has_no_claim() -> None:
     ledger = Ledger([GaussianEvent(noise_multiplier=2.0)], deltas={"device": 1e-5})
     summary = {"epsilon": {"example": {"epsilon": 1.0, "delta": 1e-5}}}
@@ -307,11 +371,14 @@ class LossTask:
 class FakeRun:
     leak: float = 0.0
     noise_multiplier: float | None = 1.5
+    sampling_rate: float | None = None
     population: TokenPopulation = field(default_factory=TokenPopulation)
     participants: NDArray[np.int64] | None = None
     published: float | None = None
     keep_initial: bool = True
     task: LossTask = field(default_factory=LossTask)
+    training: None = None
+    codes: tuple[()] = ()
 
     @property
     def model(self) -> Memory:
@@ -326,6 +393,8 @@ class FakeRun:
         if self.noise_multiplier is None:
             return Ledger()
         event = GaussianEvent(noise_multiplier=self.noise_multiplier)
+        if self.sampling_rate is not None:
+            event = replace(event, sampling="poisson", sampling_rate=self.sampling_rate)
         return Ledger([event], deltas={"device": 1e-5})
 
     @property
@@ -368,7 +437,7 @@ def test_a_leak_without_a_claim_is_inconclusive_but_shown(folder: Path) -> None:
     code, record = _audit(folder, FakeRun(leak=2.0, noise_multiplier=None))
     assert (code, record["verdict"]) == (4, "INCONCLUSIVE")
     assert record["claim"]["epsilon"] is None
-    assert record["attacks"][0]["auc"] > 0.99
+    assert record["attacks"][0]["auc"] > 0.99 and record["attacks"][0]["valid"]
 
 
 def test_a_claim_above_the_ceiling_is_inconclusive(folder: Path) -> None:
@@ -452,6 +521,56 @@ def test_the_page_is_self_contained_and_leads_with_the_verdict(folder: Path) -> 
     assert places == sorted(places)
 
 
+class _Reader(Probe):
+    """Reads one secret back."""
+
+    name, unit, observer = "reader", "example", "fleet"
+    sees, cost = "a device's update", "one look"
+
+    def measure(self, run: FinishedRun, *, seed: int, confidence: float) -> Leakage:
+        return Leakage(
+            "reader", "example", "fleet", "a device's update", {"accuracy": 0.75}, "accuracy",
+            (0.6, 0.9), 0.1, 1e-4, confidence, 0.2,
+            ({"secret": "1 2 3 4", "hits": [True, False]},),
+        )
+
+
+def test_what_is_read_back_is_shown_and_never_held_against_a_claim(folder: Path) -> None:
+    cfg = AuditConfig(run=str(folder))
+    lines = [{"round": 0, "loss": 1.0}, {"round": 1, "epsilon_device": 2.0},
+             {"round": 2, "epsilon_device": 2.76}]
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    audit = audit_run(folder, cfg, load=FakeRun(), probes=[_Reader()])
+    audit = replace(audit, utility=(Utility("accuracy", 0.8, 0.81),))
+    assert audit.judgement.verdict is Verdict.NO_VIOLATION_FOUND
+    record, page = audit_record(audit), render_page(audit)
+    assert record["leakage"][0]["value"] == 0.75 and record["leakage"][0]["seconds"] == 0.2
+    assert [point["round"] for point in record["rounds"]] == [1, 2]
+    assert record["rounds"][1]["epsilon_lower_bound"] is not None
+    assert json.loads(json_text(record)) == json.loads(json.dumps(record))
+    for shown in ("accuracy 0.75 [0.6, 0.9]", "1 2 3 4", "What the canaries cost", "0.81",
+                  "Theory against practice", "What it cost", "no bound on any epsilon"):
+        assert shown in page, shown
+
+
+def test_bounds_and_estimates_look_different_on_the_page(folder: Path) -> None:
+    _audit(folder, FakeRun())
+    page = (folder / "audit.html").read_text(encoding="utf-8")
+    assert "≥ " in page and "(no bound)" in page and "Power at half the noise" in page
+
+
+def test_raw_scores_and_their_ids_are_in_audit_json(folder: Path) -> None:
+    _, record = _audit(folder, FakeRun())
+    for attack in record["attacks"]:
+        kept = record["scores"][attack["name"]]
+        for side, count in (("members", "n_members"), ("non_members", "n_non_members")):
+            assert len(kept[side]["ids"]) == len(set(kept[side]["ids"])) == attack[count]
+            assert len(kept[side]["scores"]) == attack[count]
+        assert auc(*(np.array(kept[s]["scores"]) for s in ("members", "non_members"))) == (
+            pytest.approx(attack["auc"])
+        )
+
+
 def test_the_table_puts_theory_beside_practice(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -476,6 +595,8 @@ def test_the_table_puts_theory_beside_practice(
         ({"devices": 0}, ConfigError, "devices=0"),
         ({"confidence": 1.5}, ConfigError, "confidence=1.5"),
         ({"seed": -1}, ConfigError, "seed=-1"),
+        ({"claim_epsilon": 2.0}, ConfigError, "claim_epsilon=2.0 needs scores="),
+        ({"holdout": 0.0}, ConfigError, "holdout=0.0"),
     ],
 )
 def test_bad_input_is_one_line_that_names_it(

@@ -17,15 +17,19 @@ from scipy import stats
 from sottovoce.privacy.audit import (
     Estimate,
     LowerBound,
+    best_one_run_lower_bound,
     binomial_interval,
     clopper_pearson_ceiling,
     clopper_pearson_lower_bound,
+    exposure,
     gaussian_epsilon,
+    gaussian_mu,
     one_run_ceiling,
     one_run_gaussian_lower_bound,
     one_run_lower_bound,
     one_run_p_value,
     pooled_gaussian_estimate,
+    pooled_gaussian_lower_bound,
     two_gaussians_epsilon,
 )
 
@@ -116,6 +120,13 @@ def test_p_value_equals_its_slow_definition(
     assert one_run_p_value(*mrv, epsilon, delta) == pytest.approx(
         _slow_p_value(*mrv, epsilon, delta), rel=1e-6, abs=1e-12
     )
+
+
+@pytest.mark.parametrize("correct", [1, 2400, 3000, 3990, 4000])
+@pytest.mark.parametrize("epsilon", [0.0, 0.5, 1.386, 5.0])
+def test_p_value_of_many_guesses_equals_its_slow_definition(correct: int, epsilon: float) -> None:
+    counted = (5000, 4000, correct, epsilon, 1e-3)
+    assert one_run_p_value(*counted) == pytest.approx(_slow_p_value(*counted), rel=1e-6, abs=1e-12)
 
 
 @given(counts, deltas)
@@ -276,3 +287,149 @@ def test_a_bound_never_looks_like_an_estimate() -> None:
     assert estimate.epsilon == pytest.approx(4.377, abs=0.3)
     assert str(bound) == "≥ 1.62" and str(estimate).startswith("≈") and "no bound" in str(estimate)
     assert pooled_gaussian_estimate(np.zeros(3), np.zeros(3), 1e-5).epsilon == 0
+    assert str(pooled_gaussian_lower_bound(members, others, 1e-5, 0.95)).startswith("≥")
+    known = exposure(3.0, generator.standard_normal(999), candidates=10_000)
+    assert str(known).startswith("≈") and "no bound" in str(known)
+
+
+@given(st.integers(1, 60), st.integers(1, 60), st.data())
+def test_one_side_never_proves_more_than_two_and_equals_its_formula(
+    positives: int, negatives: int, data: st.DataObject
+) -> None:
+    tp = data.draw(st.integers(0, positives))
+    fp = data.draw(st.integers(0, negatives))
+    delta = data.draw(deltas)
+    one = clopper_pearson_lower_bound(tp, positives, fp, negatives, delta, 0.95, sides=1)
+    mirrored = clopper_pearson_lower_bound(
+        negatives - fp, negatives, positives - tp, positives, delta, 0.95, sides=1
+    )
+    both = clopper_pearson_lower_bound(tp, positives, fp, negatives, delta, 0.95)
+    assert both == pytest.approx(max(one, mirrored), abs=1e-12)
+    least = stats.beta.ppf(0.025, tp, positives - tp + 1) if tp else 0.0
+    most = stats.beta.ppf(0.975, fp + 1, negatives - fp) if fp < negatives else 1.0
+    assert one == pytest.approx(max(0.0, math.log(max(least - delta, 1e-300) / most)), abs=1e-9)
+
+
+def test_sides_other_than_one_or_two_are_refused() -> None:
+    with pytest.raises(ValueError, match="sides=3 must be 1 or 2"):
+        clopper_pearson_lower_bound(1, 2, 1, 2, 0.0, 0.95, sides=3)  # type: ignore[arg-type]
+
+
+def test_the_best_of_declared_guesses_is_made_at_the_bonferroni_level() -> None:
+    declared = [(50, 40), (100, 90), (1000, 600)]
+    found = best_one_run_lower_bound(1000, declared, 1e-5, 0.95)
+    single = [one_run_lower_bound(1000, r, v, 1e-5, 1 - 0.05 / 3) for r, v in declared]
+    assert found == pytest.approx(max(single))
+    assert found < one_run_lower_bound(1000, 100, 90, 1e-5, 0.95)
+    with pytest.raises(ValueError, match="holds no guesses"):
+        best_one_run_lower_bound(1000, [], 1e-5, 0.95)
+
+
+@pytest.mark.parametrize(
+    ("m", "guesses", "correct"), [(1, 1, 1), (10**6, 10**6, 9 * 10**5), (10**6, 3, 3)]
+)
+@pytest.mark.parametrize("confidence", [1e-9, 0.5, 1 - 1e-12])
+def test_extreme_counts_and_confidences_give_finite_bounds_below_the_ceiling(
+    m: int, guesses: int, correct: int, confidence: float
+) -> None:
+    for delta in (0.0, 1e-9, 0.5):
+        bound = one_run_lower_bound(m, guesses, correct, delta, confidence)
+        assert 0 <= bound <= one_run_ceiling(m, delta, confidence) + 1e-9 < 60
+    if guesses < 10**6:
+        assert math.isfinite(one_run_gaussian_lower_bound(m, guesses, correct, 1e-5, confidence))
+
+
+# -- canary statistics -----------------------------------------------------------------------------
+
+CANARIES, OTHERS = 100, 1000
+
+
+def _statistics(mu: float, generator: np.random.Generator) -> tuple[NDArray[np.float64], ...]:
+    return generator.normal(mu, 1, CANARIES), generator.normal(0, 1, OTHERS)
+
+
+def test_the_pooled_estimate_is_not_biased_upward_and_the_unpooled_one_is() -> None:
+    mu, generator = gaussian_mu(1.0, 1e-5), np.random.default_rng(0)
+    drawn = [_statistics(mu, generator) for _ in range(400)]
+    pooled = [pooled_gaussian_estimate(*one, 1e-5).epsilon for one in drawn]
+    unpooled = [two_gaussians_epsilon(0, 1, x.mean(), x.std(ddof=1), 1e-5) for x, _ in drawn]
+    assert np.mean(pooled) == pytest.approx(1.0, abs=0.1)
+    assert np.mean(unpooled) > 1.7  # what arXiv:2302.03098 reads with 100 canaries
+
+
+@pytest.mark.parametrize("mu", [0.0, 0.3, 1.5])
+def test_the_pooled_bound_exceeds_the_truth_in_5_percent_and_no_more(mu: float) -> None:
+    generator = np.random.default_rng(1)
+    truth = gaussian_epsilon(mu, 1e-5)
+    bounds = [
+        pooled_gaussian_lower_bound(*_statistics(mu, generator), 1e-5, 0.95).epsilon
+        for _ in range(TRIALS)
+    ]
+    assert sum(bound > truth for bound in bounds) <= MOST_ALARMS
+    if mu:
+        assert np.median(bounds) > 0.35 * truth
+
+
+def test_the_pooled_bound_does_not_move_with_a_shift_common_to_all_nor_with_scale() -> None:
+    members, others = _statistics(1.0, np.random.default_rng(2))
+    first = pooled_gaussian_lower_bound(members, others, 1e-5, 0.95)
+    moved = pooled_gaussian_lower_bound(7 + 3 * members, 7 + 3 * others, 1e-5, 0.95)
+    assert moved.epsilon == pytest.approx(first.epsilon) and math.isinf(first.ceiling)
+    assert pooled_gaussian_estimate(others, members, 1e-5).epsilon == 0.0
+
+
+def test_the_pooled_bound_equals_the_noncentral_law_of_students_t() -> None:
+    members, others = _statistics(0.8, np.random.default_rng(3))
+    bound = pooled_gaussian_lower_bound(members, others, 1e-5, 0.9)
+    unit = math.sqrt(1 / CANARIES + 1 / OTHERS)
+    t = stats.ttest_ind(members, others).statistic
+    mu = gaussian_mu(bound.epsilon, 1e-5)
+    assert stats.nct.sf(t, CANARIES + OTHERS - 2, mu / unit) == pytest.approx(0.1, abs=1e-6)
+
+
+def test_statistics_that_are_no_normal_ones_have_no_gaussian_bound() -> None:
+    for few in (np.ones(1), np.zeros(50)):
+        with pytest.raises(ValueError, match="are no normal ones"):
+            pooled_gaussian_lower_bound(few, few, 1e-5, 0.95)
+    with pytest.raises(ValueError, match="delta=0 leaves"):
+        pooled_gaussian_lower_bound(np.arange(3.0), np.arange(3.0), 0.0, 0.95)
+
+
+# -- exposure --------------------------------------------------------------------------------------
+
+
+def test_exposure_is_the_log_of_candidates_over_rank() -> None:
+    others = np.arange(1023.0)
+    assert exposure(2000.0, others, candidates=1024).bits == 10.0
+    assert exposure(-1.0, others, candidates=1024).bits == 0.0
+    middle = exposure(511.5, others, candidates=1024)
+    assert middle.bits == 1.0 and middle.interval == (1.0, 1.0)
+
+
+def test_exposure_of_a_sample_covers_that_of_all_candidates() -> None:
+    generator = np.random.default_rng(0)
+    every = generator.standard_normal(9_999)
+    truth = exposure(2.0, every, candidates=10_000).bits
+    missed = 0
+    for _ in range(200):
+        low, high = exposure(2.0, generator.choice(every, 400), candidates=10_000).interval
+        missed += not low <= truth <= high
+    assert missed <= stats.binom.ppf(0.999, 200, 0.05)
+
+
+def test_by_chance_exposure_is_above_b_bits_once_in_two_to_the_b() -> None:
+    generator = np.random.default_rng(1)
+    bits = np.array([
+        exposure(s[0], s[1:], candidates=256).bits for s in generator.random((600, 256))
+    ])
+    for b in (1, 2, 4):
+        assert (bits >= b).sum() <= stats.binom.ppf(1 - 1e-6, 600, 2.0**-b)
+
+
+def test_ties_never_flatter_a_secret_and_impossible_scores_are_refused() -> None:
+    assert exposure(0.0, np.zeros(255), candidates=256).bits == 0.0
+    for secret, others in ((math.nan, np.zeros(3)), (1.0, np.array([math.inf]))):
+        with pytest.raises(ValueError, match="finite"):
+            exposure(secret, others, candidates=10)
+    with pytest.raises(ValueError, match="others of candidates=10"):
+        exposure(1.0, np.zeros(10), candidates=10)

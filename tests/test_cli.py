@@ -122,7 +122,7 @@ def test_help_of_simulate_names_every_choice_of_every_group(
     sottovoce: Callable[..., Output],
 ) -> None:
     _, out, _ = sottovoce("simulate", "--help")
-    for group in ("population", "task", "model", "strategy", "privacy"):
+    for group in ("population", "task", "model", "strategy", "privacy", "conditions", "timeline"):
         listed = re.search(rf"^  {group} +(.*?)(?:   |$)", out, re.MULTILINE)
         assert listed is not None
         on_disk = {path.stem for path in (CONFIGS / group).glob("*.yaml")}

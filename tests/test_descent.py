@@ -153,6 +153,13 @@ linear = st.builds(
     proximal=st.sampled_from([0.0, 0.4]),
     weight_decay=st.sampled_from([0.0, 0.3, 1.5]),
 )
+
+
+def first(devices: int, stacks: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What the first devices alone hand over."""
+    return {name: stack[:devices] for name, stack in stacks.items()}
+
+
 PLAN = BatchPlan(batch_size=4, local_epochs=1, max_examples=100, poisson=True)
 NOISED = ExampleClipping(clip_norm=1.0, noise_multiplier=1.0)
 SMALL = settings(max_examples=40, deadline=None)
@@ -172,7 +179,8 @@ def test_no_gradients_and_no_noise_push_a_signal_past_its_bound(
     constant = {name: size * g for name, g in gradients(seed + 1, 2).items()}
     for step in range(steps):
         drawn = {n: g if n == "w" else 10 * g for n, g in gradients(1000 + step, 2).items()}
-        descent.step(step, copied(constant), drawn)
+        here = int((counts > step).sum())
+        descent.step(step, first(here, copied(constant)), first(here, drawn))
     descent.finish()
     norms = stacked_norms({name: t.double() for name, t in descent.signal.items()})
     assert float(norms.max()) <= 0.3 * (1 + 1e-6)
@@ -195,7 +203,7 @@ def test_no_step_moves_two_gradients_further_apart_before_their_noise(
         own = gradients(seed + 1, 1)
         other = gradients(seed + 2, 1)
         descent.step(0, {n: 0.2 * own[n] + scale * other[n] for n in own}, None)
-        ends.append(weights)
+        ends.append(descent.weights)
     apart = stacked_norms({n: (ends[0][n] - ends[1][n]).double() for n in ends[0]})
     given_apart = gap * stacked_norms({n: g.double() for n, g in other.items()})
     assert float(apart) <= 0.5 * float(given_apart) + 1e-6
@@ -208,11 +216,13 @@ def test_signal_and_noise_add_up_to_the_way_the_weights_went(
 ) -> None:
     training = LocalTraining(0.5, PLAN, NOISED, 0.3, optimizer)
     start = gradients(seed, 2)
-    weights = copied(start)
-    descent = LocalDescent(training, weights, np.array([steps, 1]), noised=True)
+    descent = LocalDescent(training, copied(start), np.array([steps, 1]), noised=True)
     for step in range(steps):
-        descent.step(step, gradients(seed + step, 2), gradients(500 + seed + step, 2))
+        here = 2 if step == 0 else 1
+        given, noise = gradients(seed + step, 2), gradients(500 + seed + step, 2)
+        descent.step(step, first(here, given), first(here, noise))
     assert descent.noise is not None
     for name in SHAPES:
         way = descent.signal[name] + descent.noise[name]
-        torch.testing.assert_close(weights[name], start[name] + way, rtol=1e-4, atol=1e-4)
+        went = descent.weights[name] - start[name]
+        torch.testing.assert_close(went, way, rtol=1e-4, atol=1e-4)

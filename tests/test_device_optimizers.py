@@ -18,6 +18,7 @@ from small_fleets import (
     of_device,
     parameters_of,
     slow_update,
+    trained,
 )
 
 from sottovoce.client.batches import BatchPlan
@@ -44,7 +45,7 @@ def test_every_optimiser_moves_a_device_as_the_slow_loop_does(
     draws = draw_cohort(fast.population, devices, plan, 3, source)
     table, _ = sparse_table(fast.model, fast.training)
     assert len({len(draw.steps) for draw in draws}) > 1
-    for group, data, updates in fast._trained(parameters_of(fast.model), draws, 3):
+    for group, data, updates in trained(fast, parameters_of(fast.model), draws, 3):
         for k, draw in enumerate(group):
             touched = data.touched[k, : data.touched_counts[k]]
             signal, drift = slow_update(fast, draw, touched, 3)
@@ -69,7 +70,7 @@ def test_a_device_is_clipped_to_its_bound(name: str, example: ExampleClipping | 
     plan, source = fast.training.plan, fast.source
     draws = draw_cohort(fast.population, DEVICES, plan, 1, source)
     clipped = 0
-    for group, _, updates in fast._trained(parameters_of(fast.model), draws, 1):
+    for group, _, updates in trained(fast, parameters_of(fast.model), draws, 1):
         norms = stacked_norms({n: t.double() for n, t in updates.signal.items()})
         assert float(norms.max()) <= 0.01 * (1 + 1e-6)
         clipped += int(updates.clipped[: len(group)].sum())

@@ -17,6 +17,7 @@ from small_fleets import (
     of_device,
     parameters_of,
     parts,
+    trained,
 )
 from torch import Tensor
 
@@ -53,7 +54,7 @@ def test_every_mode_moves_a_device_as_the_slow_loop_does(
     draws = draw_cohort(fast.population, DEVICES[[5, 6]], fast.training.plan, ROUND, fast.source)
     table, _ = sparse_table(fast.model, fast.training)
     assert len({len(draw.steps) for draw in draws}) > 1
-    for group, data, updates in fast._trained(parameters_of(fast.model), draws, ROUND):
+    for group, data, updates in trained(fast, parameters_of(fast.model), draws, ROUND):
         for k, draw in enumerate(group):
             touched = data.touched[k, : data.touched_counts[k]]
             slow = SlowDevice(fast, draw, touched, ROUND)
@@ -85,7 +86,7 @@ def test_a_device_is_clipped_to_its_bound_in_every_mode(mode: str, optimizer: st
     fast = fleet("bilstm", MODES[mode], 0.01, optimizer=OPTIMIZERS[optimizer])
     draws = draw_cohort(fast.population, DEVICES[:6], fast.training.plan, 1, fast.source)
     clipped = 0
-    for group, _, updates in fast._trained(parameters_of(fast.model), draws, 1):
+    for group, _, updates in trained(fast, parameters_of(fast.model), draws, 1):
         norms = stacked_norms({n: t.double() for n, t in updates.signal.items()})
         assert float(norms.max()) <= 0.01 * (1 + 1e-6)
         clipped += int(updates.clipped[: len(group)].sum())
@@ -158,7 +159,7 @@ def test_an_empty_cohort_and_empty_batches_are_ordinary_steps(mode: str) -> None
     draws = draw_cohort(fast.population, DEVICES[:2], fast.training.plan, 1, fast.source)
     for draw in draws:
         draw.steps[:] = [step[:0] for step in draw.steps]
-    for group, data, updates in fast._trained(parameters, draws, 1):
+    for group, data, updates in trained(fast, parameters, draws, 1):
         quiet = updates.signal if updates.noise is not None else {}
         assert all(float(t.abs().max()) == 0 for t in quiet.values())
         if updates.noise is None:
@@ -232,7 +233,7 @@ def test_each_step_and_round_has_masks_of_its_own() -> None:
     seeds = [
         data.seeds
         for server_round in (1, 2)
-        for _, data, _ in fast._trained(parameters_of(fast.model), draws, server_round)
+        for _, data, _ in trained(fast, parameters_of(fast.model), draws, server_round)
     ]
     real = np.concatenate([found[:-1].ravel() for found in seeds if found is not None])
     assert len(np.unique(real[real != 0])) == np.count_nonzero(real)

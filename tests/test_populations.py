@@ -22,7 +22,7 @@ from sottovoce.simulations.activity import LogNormalActivity, activity_model
 from sottovoce.simulations.assistant import AssistantConfig
 from sottovoce.simulations.hashing import draws, integers_below, stream, uniforms
 from sottovoce.simulations.jsonl import JsonlConfig, JsonlPopulation
-from sottovoce.simulations.jsonl_reader import split_words
+from sottovoce.simulations.jsonl_reader import WORD, split_words
 from sottovoce.simulations.partition import assign_devices, device_sizes
 from sottovoce.simulations.populations import POPULATIONS, make_population
 from sottovoce.strategies.levels import activity_levels
@@ -205,6 +205,11 @@ def test_words_are_split_as_documented() -> None:
     assert split_words("Ça va?  l’été…") == ["ça", "va", "?", "l’été", "…"]
 
 
+@given(text=st.text() | st.text("ab1_é²ßΣ \t\x1c\u2003’'"))
+def test_the_short_cut_for_plain_words_splits_like_the_rule(text: str) -> None:
+    assert split_words(text) == WORD.findall(text.lower())
+
+
 @pytest.mark.parametrize("name", ["data.jsonl", "data.jsonl.gz"])
 def test_a_user_is_a_device_and_keeps_all_its_examples(write: Write, name: str) -> None:
     population = JsonlPopulation(write(_people(), name), held_out_fraction=0.25)
@@ -311,35 +316,35 @@ GOOD = {"user_id": "a", "text": "hello there"}
 NLU = {"tokens": ["a", "b"], "slots": ["O", "O"], "intent": "x"}
 
 
-@pytest.mark.parametrize(
-    "lines, named",
-    [
-        ([], "is empty"),
-        ([""], "no example with a word"),
-        ([GOOD, '{"text": "oh'], "line 2: not valid JSON .*: fix or remove"),
-        ([GOOD, "", "[1]"], "line 3: a list is not a JSON object"),
-        ([GOOD, "7"], "line 2: 7 is not a JSON object"),
-        ([{"user_id": "a"}], "line 1: neither 'text' nor 'tokens'"),
-        ([{"text": 7}], "line 1: text is 7, not a string"),
-        ([{"text": "a", "user_id": 7}], "line 1: user_id is 7, not a string"),
-        ([NLU | {"tokens": "a b"}], "line 1: tokens is \"a b\", not a list"),
-        ([NLU | {"tokens": ["a", 7]}], "line 1: tokens holds 7, not a string"),
-        ([NLU | {"intent": 3}], "line 1: intent is 3, not a string"),
-        ([NLU, NLU | {"slots": ["O"]}], "line 2: 2 tokens but 1 slots"),
-        ([NLU | {"slots": ["O", "I-x"]}], "line 1: slot 2 is 'I-x' after 'O'"),
-        ([NLU | {"slots": ["B-y", "I-x"]}], "line 1: slot 2 is 'I-x' after 'B-y'"),
-        ([NLU | {"slots": ["O", "song"]}], "line 1: slot 2 is 'song'"),
-        ([NLU | {"slots": ["O", None]}], "line 1: slots holds null"),
-        ([NLU, {"text": "a b"}], "line 2: 'intent' is missing here"),
-        ([GOOD, GOOD | {"intent": "x"}], "line 2: 'intent' is given here"),
-        ([NLU, NLU | {"slots": None}], "line 2: 'slots' is missing here"),
-        (
-            [GOOD, {"user_id": "u7", "text": " "}, {"user_id": "u7", "tokens": []}],
-            "line 2: device 'u7' has no examples",
-        ),
-        ([GOOD, {"text": "no user"}], "line 2: no user_id where other lines have one"),
-    ],
-)
+MALFORMED: list[tuple[list[Any], str]] = [
+    ([], "is empty"),
+    ([""], "no example with a word"),
+    ([GOOD, '{"text": "oh'], "line 2: not valid JSON .*: fix or remove"),
+    ([GOOD, "", "[1]"], "line 3: a list is not a JSON object"),
+    ([GOOD, "7"], "line 2: 7 is not a JSON object"),
+    ([{"user_id": "a"}], "line 1: neither 'text' nor 'tokens'"),
+    ([{"text": 7}], "line 1: text is 7, not a string"),
+    ([{"text": "a", "user_id": 7}], "line 1: user_id is 7, not a string"),
+    ([NLU | {"tokens": "a b"}], "line 1: tokens is \"a b\", not a list"),
+    ([NLU | {"tokens": ["a", 7]}], "line 1: tokens holds 7, not a string"),
+    ([NLU | {"intent": 3}], "line 1: intent is 3, not a string"),
+    ([NLU, NLU | {"slots": ["O"]}], "line 2: 2 tokens but 1 slots"),
+    ([NLU | {"slots": ["O", "I-x"]}], "line 1: slot 2 is 'I-x' after 'O'"),
+    ([NLU | {"slots": ["B-y", "I-x"]}], "line 1: slot 2 is 'I-x' after 'B-y'"),
+    ([NLU | {"slots": ["O", "song"]}], "line 1: slot 2 is 'song'"),
+    ([NLU | {"slots": ["O", None]}], "line 1: slots holds null"),
+    ([NLU, {"text": "a b"}], "line 2: 'intent' is missing here"),
+    ([GOOD, GOOD | {"intent": "x"}], "line 2: 'intent' is given here"),
+    ([NLU, NLU | {"slots": None}], "line 2: 'slots' is missing here"),
+    (
+        [GOOD, {"user_id": "u7", "text": " "}, {"user_id": "u7", "tokens": []}],
+        "line 2: device 'u7' has no examples",
+    ),
+    ([GOOD, {"text": "no user"}], "line 2: no user_id where other lines have one"),
+]
+
+
+@pytest.mark.parametrize("lines, named", MALFORMED)
 def test_a_malformed_file_is_one_clear_line(write: Write, lines: list[Any], named: str) -> None:
     path = write(lines)
     with pytest.raises(DataError, match=named) as error:

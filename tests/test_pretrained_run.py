@@ -21,7 +21,9 @@ pytest.importorskip("peft", reason="peft is not installed")
 from tiny_models import WORDS, causal_folder, encoder_folder
 from torch import Tensor, nn
 
+from sottovoce.client.batches import BatchPlan
 from sottovoce.client.errors import ConfigError
+from sottovoce.client.fleet import LocalTraining
 from sottovoce.client.models import hub_files, make_model
 from sottovoce.client.models.pretrained_base import set_dropout
 from sottovoce.client.tasks import Task, make_task
@@ -36,7 +38,8 @@ from sottovoce.server.setup import settings_text
 from sottovoce.server.simulate import simulate
 from sottovoce.simulations.assistant import AssistantPopulation
 from sottovoce.simulations.experiment import build_experiment
-from sottovoce.simulations.fleet import GroupSize, SimulatedFleet, largest_group
+from sottovoce.simulations.fleet import SimulatedFleet
+from sottovoce.simulations.group_size import GroupSize, Way, largest_group, possible_ways
 
 SMALL = (
     "population=assistant", "population.devices=60", "population.held_out_devices=4",
@@ -178,9 +181,11 @@ def test_a_layer_without_a_tracked_form_names_the_other_engine(
     sizes = {"state_size": 4, "expand": 2, "conv_kernel": 2, "time_step_rank": 2}
     path = causal_folder(tmp_path / "mamba", "Mamba", **sizes)
     words = words_of(path, "causal", "model.lora_rank=0", f"run.dir={tmp_path / 'run'}")
-    assert cli.main(["simulate", *words, "privacy=none"]) == 1
+    assert cli.main(["simulate", *words, "privacy=example"]) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "Mamba" in error and "privacy.example.engine=opacus" in error
+    words = words_of(path, "causal", "model.lora_rank=0", f"run.dir={tmp_path / 'plain'}")
+    assert cli.main(["simulate", *words, "privacy=none"]) == 0  # autograd alone takes any layer
 
 
 # -- laws of the models ----------------------------------------------------------------------------
@@ -362,13 +367,17 @@ def test_large_models_train_few_at_once() -> None:
         assert largest_group(nn.Sequential(frozen, nn.Linear(8, 8)), 256) > 32
         wide = nn.Sequential(*[nn.Linear(8, 4000) for _ in range(20)]).requires_grad_(False)
         assert largest_group(wide, 256) == 5
-    for most in (1, 5, 8, 20):
-        for fixed in (True, False):
-            size = GroupSize(None, fixed=fixed, most=most)
-            for _ in range(9):
-                assert size.next() <= most
-                size.measured(size.next(), 1, 1.0)
-    assert GroupSize(7, fixed=False, most=2).next() == 7
+        training = LocalTraining(1.0, BatchPlan(8, 1, 8, poisson=False), None, None)
+        for model, most in ((nn.Linear(50_000, 5000), 1), (wide, 5), (nn.Linear(16, 16), 64)):
+            ways = possible_ways(model, training, "grouped", 256)
+            for fixed in (True, False):
+                size = GroupSize(ways, fixed=fixed)
+                for _ in range(4 * len(ways)):
+                    way = size.next()
+                    assert way.devices <= most
+                    size.measured(way, 1, 1.0)
+                assert size.chosen is not None
+    assert possible_ways(wide, training, "opacus", 256) == [Way("opacus", 1)]
 
 
 # -- files -----------------------------------------------------------------------------------------

@@ -38,6 +38,20 @@ class Output:
     per_token: bool
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What one pass over examples found.
+
+    `metrics`: over all of them, by name. `score`, `weight`: (examples,) float64, of the leading
+    metric: what `Task.headline_of` makes of their sums over any part of the examples is that part's
+    leading metric.
+    """
+
+    metrics: dict[str, float]
+    score: NDArray[np.float64]
+    weight: NDArray[np.float64]
+
+
 class Labelled(Protocol):
     """What a task must know of a population."""
 
@@ -92,10 +106,21 @@ class Task(ABC):
         """(rows,) loss of each row in nats; 0 where `lengths` is 0, however the row is filled."""
 
     @abstractmethod
+    def measure(self, model: nn.Module, examples: Examples, *, batch_size: int = 1024) -> Measured:
+        """`model` on `examples`; the same whatever `batch_size`, which bounds memory."""
+
     def evaluate(
         self, model: nn.Module, examples: Examples, *, batch_size: int = 1024
     ) -> dict[str, float]:
-        """Metrics of `model` on `examples`; the same whatever `batch_size`, which bounds memory."""
+        """Metrics of `model` on `examples` as a whole: those of `measure`."""
+        return self.measure(model, examples, batch_size=batch_size).metrics
+
+    def headline_of(
+        self, score: NDArray[np.float64], weight: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        """The leading metric of parts of the examples, from the sums of `Measured` over each."""
+        found: NDArray[np.float64] = score / weight
+        return found
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """(rows,) loss of each row: depends on that row alone, and not on how far it is padded."""

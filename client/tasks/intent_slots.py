@@ -22,6 +22,7 @@ from sottovoce.client.tasks.base import (
     Batch,
     Labelled,
     Logits,
+    Measured,
     Output,
     Task,
     evaluation_mode,
@@ -89,9 +90,7 @@ class IntentSlots(Task):
         tagged = (tags != IGNORED).sum(1).clamp(min=1)
         return losses + per_token.view(rows, width).sum(1) / tagged
 
-    def evaluate(
-        self, model: nn.Module, examples: Examples, *, batch_size: int = 1024
-    ) -> dict[str, float]:
+    def measure(self, model: nn.Module, examples: Examples, *, batch_size: int = 1024) -> Measured:
         """`loss`, `accuracy` of intents, and with slots `slot_f1`, `exact_match`.
 
         `slot_f1`: micro-averaged over entities. `exact_match`: share of utterances with the right
@@ -106,7 +105,7 @@ class IntentSlots(Task):
             exact = right & (np.diff(wrong_tags[examples.offsets]) == 0)
             metrics["slot_f1"] = self._slot_f1(slots, tags, examples.offsets)
             metrics["exact_match"] = float(exact.mean())
-        return metrics
+        return Measured(metrics, right.astype(np.float64), np.ones(len(right)))
 
     def _predict(
         self, model: nn.Module, examples: Examples, batch_size: int

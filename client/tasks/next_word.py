@@ -7,7 +7,6 @@ privacy protects. Accuracy follows Hard et al. 2018, arXiv:1811.03604.
 
 from __future__ import annotations
 
-import math
 from typing import ClassVar
 
 import numpy as np
@@ -22,6 +21,7 @@ from sottovoce.client.tasks.base import (
     Batch,
     Labelled,
     Logits,
+    Measured,
     Output,
     Task,
     evaluation_mode,
@@ -80,35 +80,41 @@ class NextWord(Task):
         )
         return losses.view(rows, width)
 
-    def evaluate(
-        self, model: nn.Module, examples: Examples, *, batch_size: int = 1024
-    ) -> dict[str, float]:
+    def measure(self, model: nn.Module, examples: Examples, *, batch_size: int = 1024) -> Measured:
         """`loss`, `perplexity`, `top1_accuracy`, `top3_accuracy`, `tokens`.
 
         `loss`: mean over examples, as trained. `perplexity`: exp of the mean cross-entropy over all
         `tokens` targets, <eos> and, where the vocabulary has it, <unk> included. Accuracies: over
         real words only, neither <unk> nor <eos>.
         """
-        losses, sums = np.zeros(len(examples)), np.zeros(len(examples))
-        tokens, words, first, among_three = 0, 0, 0, 0
+        losses, targets = np.zeros(len(examples)), np.zeros(len(examples))
+        words, first, among_three = 0, 0, 0
         with evaluation_mode(model) as device:
             for rows, batch in self.evaluation_batches(examples, batch_size):
                 batch = to_device(batch, device)
                 logits: Logits = model(batch)
                 losses[rows] = self.row_losses(logits, batch).cpu().numpy()
-                sums[rows] = losses[rows] * batch["lengths"].cpu().numpy()
+                targets[rows] = batch["lengths"].cpu().numpy()
                 hits = _hits(logits["words"], batch["targets"])
-                tokens += int(batch["lengths"].sum())
                 words += len(hits)
                 first += int(hits[:, 0].sum())
                 among_three += int(hits.sum())
-        return {
+        sums = losses * targets
+        return Measured({
             "loss": float(losses.mean()),
-            "perplexity": math.exp(min(float(sums.sum()) / tokens, 700.0)),  # finite when diverged
+            "perplexity": float(
+                self.headline_of(sums.sum(keepdims=True), targets.sum(keepdims=True))[0]
+            ),
             "top1_accuracy": first / max(1, words),
             "top3_accuracy": among_three / max(1, words),
-            "tokens": float(tokens),
-        }
+            "tokens": float(targets.sum()),
+        }, sums, targets)
+
+    def headline_of(
+        self, score: NDArray[np.float64], weight: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        found: NDArray[np.float64] = np.exp(np.minimum(score / weight, 700.0))  # finite if diverged
+        return found
 
     def unigram_perplexity(self, train: Examples, evaluation: Examples) -> float:
         """Perplexity on `evaluation` of word frequencies in `train`, each count one too many.

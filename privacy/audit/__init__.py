@@ -9,8 +9,7 @@ The bounds are plain functions of counts and need numpy and scipy only:
 """
 
 from sottovoce.privacy.audit.bounds import (
-    Estimate,
-    LowerBound,
+    best_one_run_lower_bound,
     binomial_interval,
     clopper_pearson_ceiling,
     clopper_pearson_lower_bound,
@@ -18,24 +17,32 @@ from sottovoce.privacy.audit.bounds import (
     one_run_lower_bound,
     one_run_p_value,
 )
+from sottovoce.privacy.audit.figures import Estimate, Exposure, LowerBound
 from sottovoce.privacy.audit.gaussian import (
     gaussian_epsilon,
+    gaussian_mu,
     one_run_gaussian_lower_bound,
-    pooled_gaussian_estimate,
     two_gaussians_epsilon,
 )
+from sottovoce.privacy.audit.pooled import pooled_gaussian_estimate, pooled_gaussian_lower_bound
+from sottovoce.privacy.audit.ranks import exposure
 
 __all__ = [
     "Estimate",
+    "Exposure",
     "LowerBound",
+    "best_one_run_lower_bound",
     "binomial_interval",
     "clopper_pearson_ceiling",
     "clopper_pearson_lower_bound",
+    "exposure",
     "gaussian_epsilon",
+    "gaussian_mu",
     "one_run_ceiling",
     "one_run_gaussian_lower_bound",
     "one_run_lower_bound",
     "one_run_p_value",
     "pooled_gaussian_estimate",
+    "pooled_gaussian_lower_bound",
     "two_gaussians_epsilon",
 ]

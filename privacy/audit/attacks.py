@@ -17,26 +17,22 @@ from dataclasses import dataclass
 
 from sottovoce.client.errors import ConfigError
 from sottovoce.privacy.audit.material import FinishedRun, Losses, Material, device_means
+from sottovoce.privacy.audit.outcome import Facts, Scored
 from sottovoce.privacy.audit.roc import Scores
 
 
 @dataclass(frozen=True)
-class Attack(ABC):
-    """One way to tell members from non-members.
+class Attack(Facts, ABC):
+    """One way to tell members from non-members; its `Facts` are what the report says of it."""
 
-    `unit`: whose membership. `observer`: who sees as much as the attack needs. `sees`, `cost`: the
-    same in words for the report.
-    """
-
-    name: str
-    unit: str
-    observer: str
-    sees: str
-    cost: str
+    @property
+    def optional(self) -> bool:
+        """Whether it is so costly that nobody gets it unasked."""
+        return False
 
     @abstractmethod
-    def scores(self, material: Material) -> tuple[Scores, Scores]:
-        """Scores of members and of non-members."""
+    def scored(self, material: Material) -> Scored:
+        """Scores of members and of non-members, with their ids."""
 
     def missing(self, run: FinishedRun) -> str | None:
         """What the run lacks for this attack, None where nothing."""
@@ -65,6 +61,8 @@ class LossAttack(Attack):
             return "the run does not say which devices took part"
         if self.unit == "device" and run.population.held_out == 0:
             return "the population holds no devices out"
+        if self.unit == "example" and getattr(run, "canaries", None) is not None:
+            return "the run has example canaries, which tell more"
         if self.unit == "example" and run.population.held_out_examples(1) is None:
             return "the population holds no examples of training devices out"
         return None
@@ -77,16 +75,17 @@ class LossAttack(Attack):
             )
         return foreign_non_members(run, self.unit)
 
-    def scores(self, material: Material) -> tuple[Scores, Scores]:
+    def scored(self, material: Material) -> Scored:
         if self.unit == "device":
             inside = material.participants if self.participants else material.training_devices
             outside = material.held_out_devices
-            return self._means(inside), self._means(outside)
-        inside, outside = material.training_examples, material.held_out_examples
-        return inside.scores(relative=self.relative), outside.scores(relative=self.relative)
+        else:
+            inside, outside = material.training_examples, material.held_out_examples
+        return Scored(self._score(inside), self._score(outside), inside.ids, outside.ids)
 
-    def _means(self, table: Losses) -> Scores:
-        return device_means(table.scores(relative=self.relative), table.offsets)
+    def _score(self, table: Losses) -> Scores:
+        found = table.scores(relative=self.relative)
+        return device_means(found, table.offsets) if self.unit == "device" else found
 
 
 _RELEASED = "the released model and each candidate's data"
@@ -106,13 +105,16 @@ ATTACKS: dict[str, Attack] = {
 }
 
 
-def choose_attacks(asked: object, run: FinishedRun) -> list[Attack]:
+def choose_attacks(asked: object, run: FinishedRun, *, costly: bool = False) -> list[Attack]:
     """The attacks asked for: "default" is every one that the run has the data for.
+
+    `costly`: by default too, those that are `optional`.
 
     Raises ConfigError for an unknown name, and for a named attack that the run cannot feed.
     """
     if asked == "default":
-        return [attack for attack in ATTACKS.values() if attack.missing(run) is None]
+        fit = [attack for attack in ATTACKS.values() if attack.missing(run) is None]
+        return [attack for attack in fit if costly or not attack.optional]
     listed = [asked] if isinstance(asked, str) else asked
     names = [str(name) for name in listed] if isinstance(listed, Iterable) else []
     if not names:

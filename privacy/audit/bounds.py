@@ -8,50 +8,25 @@ Two ways to turn an attack's right and wrong guesses into a statement about epsi
 - Clopper-Pearson (Nasr et al. 2021, arXiv:2101.04535): rates of true and false positives over
   *independent* trials, as many trainings give or as canaries give when they do not interact.
 
-A `LowerBound` is wrong with probability at most 1 - confidence. An `Estimate` promises nothing.
-They are different types so that no table and no verdict can mistake one for the other.
+All counts must come from guesses fixed before the tested coins were looked at. Of several ways to
+guess, declared beforehand, the best counts at the Bonferroni level (`best_one_run_lower_bound`).
 """
 
 from __future__ import annotations
 
 import math
 import operator
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import special
 
+from sottovoce.privacy.audit.figures import Estimate as Estimate
+from sottovoce.privacy.audit.figures import LowerBound as LowerBound
+
 _TOLERANCE = 1e-10
-
-
-@dataclass(frozen=True)
-class LowerBound:
-    """Epsilon is above `epsilon`, save with probability 1 - `confidence`.
-
-    `ceiling`: the largest value that this test could have certified, had every guess been right.
-    `assumes`: what the probability statement rests on.
-    """
-
-    epsilon: float
-    confidence: float
-    method: str
-    ceiling: float
-    assumes: str
-
-    def __str__(self) -> str:
-        return f"≥ {math.floor(self.epsilon * 100) / 100:.2f}"
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A guess at epsilon without any guarantee: it may lie above the true value."""
-
-    epsilon: float
-    method: str
-
-    def __str__(self) -> str:
-        return f"≈ {self.epsilon:.2f} (no bound)"
 
 
 def one_run_lower_bound(
@@ -86,6 +61,19 @@ def one_run_lower_bound(
     return lower
 
 
+def best_one_run_lower_bound(
+    m: int, declared: Sequence[tuple[int, int]], delta: float, confidence: float
+) -> float:
+    """The best `one_run_lower_bound` of several (guesses, correct), each declared in advance.
+
+    Every one is made at 1 - (1 - confidence) / len(declared), so that all of them hold together.
+    """
+    if not declared:
+        raise ValueError("declared=[] holds no guesses: give at least one pair (guesses, correct)")
+    each = 1 - _check_levels(delta, confidence) / len(declared)
+    return max(one_run_lower_bound(m, r, v, delta, each) for r, v in declared)
+
+
 def one_run_p_value(m: int, guesses: int, correct: int, epsilon: float, delta: float) -> float:
     """Largest chance of `correct` or more right guesses under any (epsilon, delta)-DP training.
 
@@ -96,10 +84,12 @@ def one_run_p_value(m: int, guesses: int, correct: int, epsilon: float, delta: f
     beta = float(_at_least(np.array([correct]), guesses, wrong)[0])
     if delta == 0 or correct == 0:
         return beta
-    # Below this the binomial has no mass left, so that a longer window only lowers the average.
-    spread = math.sqrt(guesses * wrong * (1 - wrong))
-    lowest = max(0, math.floor(guesses * (1 - wrong) - 12 * spread - 50))
-    starts = np.arange(min(lowest, correct - 1), correct)
+    # Outside of this the binomial has no mass: below it a longer window only lowers the average,
+    # above it a window holds nothing.
+    reach = 12 * math.sqrt(guesses * wrong * (1 - wrong)) + 50
+    centre = guesses * (1 - wrong)
+    lowest = min(max(0, math.floor(centre - reach)), correct - 1)
+    starts = np.arange(lowest, max(lowest + 1, min(correct, math.ceil(centre + reach))))
     mass = _at_least(starts, guesses, wrong) - beta
     alpha = float(np.max(mass / (correct - starts), initial=0.0))
     return min(1.0, beta + 2 * m * delta * alpha)
@@ -145,30 +135,37 @@ def clopper_pearson_lower_bound(
     negatives: int,
     delta: float,
     confidence: float,
+    *,
+    sides: Literal[1, 2] = 2,
 ) -> float:
     """Epsilon refuted by the true and false positive rates of one test, fixed beforehand.
 
     Both rates are replaced by the pessimistic end of their Clopper-Pearson interval, each at half
-    the allowed error, and the better of the two directions is taken: ln((TPR - delta) / FPR) and
-    ln((TNR - delta) / FNR). Returns 0.0 where nothing is refuted.
+    the allowed error. One side: ln((TPR - delta) / FPR). Two sides: that or, where it is more,
+    ln((TNR - delta) / FNR), which rests on the same two ends and so costs no confidence. Returns
+    0.0 where nothing is refuted.
 
-    Source: arXiv:2101.04535, section 3; two-sided as in arXiv:2302.07956.
+    Source: arXiv:2101.04535, section 3; two sides as in arXiv:2302.07956.
 
     *Guarantee*: an (epsilon, delta)-DP mechanism exceeds the result with probability at most
-    1 - confidence. *Assumes*: independent trials; the test was not chosen on them.
+    1 - confidence. *Assumes*: independent trials, as many trainings give, or canaries that do not
+    interact (scores of one training depend on each other); the test was not chosen on them.
     """
     for name, hits, total in (
         ("true positives", true_positives, positives),
         ("false positives", false_positives, negatives),
     ):
         _whole(f"number of {name}", hits)
+        _whole(f"trials for {name}", total)
         if not 0 <= hits <= total:
             raise ValueError(f"{hits} {name} of {total} is impossible: count each trial once")
     _check_levels(delta, confidence)
     least_tpr, _ = binomial_interval(true_positives, positives, confidence)
     _, most_fpr = binomial_interval(false_positives, negatives, confidence)
+    if sides not in (1, 2):
+        raise ValueError(f"sides={sides!r} must be 1 or 2")
     forward = _log_ratio(least_tpr - delta, most_fpr)
-    backward = _log_ratio(1 - most_fpr - delta, 1 - least_tpr)
+    backward = _log_ratio(1 - most_fpr - delta, 1 - least_tpr) if sides == 2 else 0.0
     return max(0.0, forward, backward)
 
 

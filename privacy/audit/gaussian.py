@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
-from numpy.typing import NDArray
 from scipy import optimize, special
 
-from sottovoce.privacy.audit.bounds import Estimate, _check_guesses, _check_levels
+from sottovoce.privacy.audit.bounds import _check_guesses, _check_levels
 
 
 def gaussian_epsilon(mu: float, delta: float) -> float:
@@ -73,35 +71,37 @@ def one_run_mu(m: int, guesses: int, correct: int, significance: float) -> float
     """Largest mu of mu-GDP refuted by `correct` of `guesses` right guesses about `m` coins."""
     m, guesses, correct = _check_guesses(m, guesses, correct)
     lower, upper = 0.0, 1.0
-    while _refutes(m, guesses, correct, upper, significance):
+    while refutes_mu(m, guesses, correct, upper, significance):
         lower, upper = upper, 2 * upper
     while upper - lower > 1e-10 * upper and upper > 1e-9:
         middle = (lower + upper) / 2
-        if _refutes(m, guesses, correct, middle, significance):
+        if refutes_mu(m, guesses, correct, middle, significance):
             lower = middle
         else:
             upper = middle
     return lower
 
 
-def pooled_gaussian_estimate(
-    members: NDArray[np.float64], non_members: NDArray[np.float64], delta: float
-) -> Estimate:
-    """Epsilon if both score distributions were normal with one common (pooled) variance.
+def gaussian_mu(epsilon: float, delta: float) -> float:
+    """The mu whose Gaussian mechanism has `epsilon` at `delta`: the inverse of `gaussian_epsilon`.
 
-    Pooling keeps the estimate from reading noise in the variances as leakage; chance differences
-    of the means still do, so that it lies above 0 even where nothing leaks.
+    Raises ValueError where epsilon is negative or infinite, or delta is 0.
     """
-    method = "pooled-variance Gaussian fit"
-    spread = sum(float(np.square(s - s.mean()).sum()) for s in (members, non_members))
-    freedom = len(members) + len(non_members) - 2
-    shift = abs(float(members.mean() - non_members.mean()))
-    if spread == 0 or freedom < 1:
-        return Estimate(math.inf if shift else 0.0, method)
-    return Estimate(gaussian_epsilon(shift / math.sqrt(spread / freedom), delta), method)
+    _check_levels(delta, 0.5)
+    if not (0 <= epsilon < math.inf and delta > 0):
+        raise ValueError(f"epsilon={epsilon}, delta={delta} fit no Gaussian mechanism")
+    upper = 1.0
+    while gaussian_epsilon(upper, delta) < epsilon:
+        upper *= 2
+
+    def excess(mu: float) -> float:
+        return gaussian_epsilon(mu, delta) - epsilon
+
+    least = 2 * float(special.ndtri((1 + delta) / 2))  # epsilon is 0 up to here
+    return float(optimize.brentq(excess, least, upper, xtol=1e-12)) if epsilon else least
 
 
-def _refutes(m: int, guesses: int, correct: int, mu: float, significance: float) -> bool:
+def refutes_mu(m: int, guesses: int, correct: int, mu: float, significance: float) -> bool:
     """Whether mu-GDP gives `correct` or more right guesses with probability below `significance`.
 
     Supposes that probability to be `significance` and counts, per canary, the mass of right (`hit`)

@@ -7,6 +7,7 @@ is keyed by seed and purpose, and so never depends on which attacks run.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
@@ -22,7 +23,10 @@ from sottovoce.privacy.audit.roc import Scores
 if TYPE_CHECKING:
     from torch import nn
 
+    from sottovoce.client.fleet import LocalTraining
     from sottovoce.client.tasks.base import Task
+    from sottovoce.privacy.audit.canary_view import CanaryView
+    from sottovoce.privacy.audit.code_canaries import CodeCanary
     from sottovoce.simulations.population import Population
 
 BATCH_SIZE = 512
@@ -34,6 +38,10 @@ class FinishedRun(Protocol):
 
     `initial_model`: the model before the first round, None where it was not kept. `participants`:
     ids of the training devices that took part in a round, None where that is unknown.
+
+    For probes (`sottovoce.privacy.audit.probes`), `training`: what devices do, None where that is
+    unknown, with `engine`. `codes`: the code canaries inserted, whose devices `population` leaves
+    out; `codes_trained`: how many of them took part in a round, None where that is unknown.
     """
 
     @property
@@ -50,6 +58,14 @@ class FinishedRun(Protocol):
     def summary(self) -> dict[str, Any]: ...
     @property
     def participants(self) -> NDArray[np.int64] | None: ...
+    @property
+    def training(self) -> LocalTraining | None: ...
+    @property
+    def engine(self) -> str: ...
+    @property
+    def codes(self) -> Sequence[CodeCanary]: ...
+    @property
+    def codes_trained(self) -> int | None: ...
 
 
 @dataclass(frozen=True)
@@ -57,12 +73,14 @@ class Losses:
     """Losses of some devices' examples, in device order.
 
     `final`, `initial`: (examples,) float64 under the released and the initial model (None where
-    that is gone). `offsets`: (devices + 1,) int64.
+    that is gone). `offsets`: (devices + 1,) int64. `ids`: names of the candidates that score:
+    devices with examples, or single examples.
     """
 
     final: Scores
     initial: Scores | None
     offsets: NDArray[np.int64]
+    ids: Sequence[str]
 
     def scores(self, *, relative: bool) -> Scores:
         """(examples,) how well the model knows an example; `relative` to the initial model."""
@@ -76,13 +94,22 @@ class Losses:
 class Material:
     """The candidates of one run, at most `devices` of each kind, and their losses."""
 
-    def __init__(self, run: FinishedRun, *, devices: int, seed: int) -> None:
-        self.run = run
+    def __init__(
+        self, run: FinishedRun, *, devices: int, seed: int, references: int = 0
+    ) -> None:
+        self.run, self.references = run, references
         self.devices = devices
         self.seed = seed
 
     def generator(self, purpose: str) -> np.random.Generator:
         return np.random.default_rng([self.seed, zlib.crc32(purpose.encode())])
+
+    @cached_property
+    def canaries(self) -> CanaryView:
+        """The example canaries, without their coins. `references`: models to compare with."""
+        from sottovoce.privacy.audit.canary_view import REFERENCES, CanaryView
+
+        return CanaryView(self.run, references=self.references or REFERENCES, seed=self.seed)
 
     @cached_property
     def readable(self) -> int:
@@ -114,7 +141,9 @@ class Material:
         starts = self._held_out.device_offsets
         kept = [starts[i] + self._some(int(n), generator) for i, n in enumerate(np.diff(starts))]
         offsets = np.concatenate([[0], np.cumsum([len(rows) for rows in kept])]).astype(np.int64)
-        return self._losses(self._held_out.take(np.concatenate(kept).astype(np.int64)), offsets)
+        names = [f"held-out device {i}" for i in np.flatnonzero(np.diff(offsets))]
+        rows = np.concatenate(kept).astype(np.int64)
+        return self._losses(self._held_out.take(rows), offsets, names)
 
     @cached_property
     def training_examples(self) -> Losses:
@@ -122,7 +151,8 @@ class Material:
         table = self.training_devices
         rows = _one_each(table.offsets, self.generator("training examples"))
         initial = None if table.initial is None else table.initial[rows]
-        return Losses(table.final[rows], initial, np.arange(len(rows) + 1))
+        names = [f"one example of {name}" for name in table.ids]
+        return Losses(table.final[rows], initial, np.arange(len(rows) + 1), names)
 
     @cached_property
     def held_out_examples(self) -> Losses:
@@ -136,7 +166,8 @@ class Material:
         else:
             rows = np.arange(len(examples))
         rows = generator.permutation(rows)[: self.devices]
-        return self._losses(examples.take(rows), np.arange(len(rows) + 1))
+        names = [f"held-out example {i}" for i in rows]
+        return self._losses(examples.take(rows), np.arange(len(rows) + 1), names)
 
     @cached_property
     def _held_out(self) -> Examples:
@@ -149,7 +180,8 @@ class Material:
         activity = self.run.population.activity[chosen]
         indices = [self._some(int(n), generator) for n in activity]
         examples = self.run.population.examples(chosen, indices)
-        return self._losses(examples, examples.device_offsets)
+        names = [f"device {i}" for i in chosen[np.diff(examples.device_offsets) > 0]]
+        return self._losses(examples, examples.device_offsets, names)
 
     def _some(self, available: int, generator: np.random.Generator) -> NDArray[np.int64]:
         """Numbers of at most `MOST_EXAMPLES` of a device's readable examples, in order."""
@@ -158,12 +190,15 @@ class Material:
             return np.arange(readable, dtype=np.int64)
         return np.sort(generator.choice(readable, MOST_EXAMPLES, replace=False))
 
-    def _losses(self, examples: Examples, offsets: NDArray[np.int64]) -> Losses:
+    def _losses(
+        self, examples: Examples, offsets: NDArray[np.int64], ids: Sequence[str]
+    ) -> Losses:
         initial = self.run.initial_model
         return Losses(
             final=losses(self.run.task, self.run.model, examples),
             initial=None if initial is None else losses(self.run.task, initial, examples),
             offsets=offsets,
+            ids=ids,
         )
 
 

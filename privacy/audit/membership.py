@@ -1,53 +1,56 @@
 """Membership: from the scores of members and non-members to what they prove.
 
-The bound is a one-run test (`one_run_lower_bound`) with its guesses fixed in advance: coins decide
-which canaries are members, one half of them chooses how many to call members, how many to call
-non-members and how many to leave alone, and only the other half is tested. Choosing on the tested
-half instead raises false alarms from 5 % to 28 % and more.
+The bound is a one-run test with its guesses fixed in advance: coins decide which canaries are
+members; some of them choose how many to call members, how many to call non-members and how many to
+leave alone; only the others are tested. Choosing on the tested ones instead raises false alarms
+from 5 % to 28 % and more. Shares that were declared before any score was seen need no such half:
+the best of them counts at the Bonferroni level.
+
+What the coins were decides which neighbours a bound is about (`Design.relation`).
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sottovoce.privacy.audit.bounds import (
-    Estimate,
-    LowerBound,
-    one_run_lower_bound,
-    pure_one_run_bound,
-)
-from sottovoce.privacy.audit.gaussian import pooled_gaussian_estimate
+from sottovoce.privacy.audit.design import DEFAULT_DESIGN, Design, all_coins, flip_coins
+from sottovoce.privacy.audit.figures import Estimate, LowerBound
+from sottovoce.privacy.audit.pooled import pooled_gaussian_estimate, pooled_separation
 from sottovoce.privacy.audit.roc import Roc, Scores, auc, auc_interval, roc, tpr_at_fpr
+from sottovoce.privacy.audit.shares import FRACTIONS, best_pair, sizes
 
 FALSE_POSITIVE_RATES = (0.01, 0.001)
-# Below one half each: coins never come out exactly even, so the middle is left alone.
-FRACTIONS = np.array([0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.45])
-METHOD = "one run (Steinke et al. 2023), guesses chosen on one half, tested on the other"
-ASSUMES = (
-    "each canary was in the training data by an independent fair coin: the split into training and "
-    "held-out data is random by hash and is taken as such a coin, and as many of either side as "
-    "fair coins give are drawn"
-)
 
 
 @dataclass(frozen=True)
 class Guesses:
-    """How the tested half was guessed. `canaries` were tested, `correct` of the guesses right."""
+    """How the tested part was guessed. `canaries` were tested, `correct` of the guesses right.
+
+    `drawn`: canaries in all, those that chose the guesses included.
+    """
 
     canaries: int
     as_members: int
     as_non_members: int
     correct: int
+    drawn: int = 0
+
+    @property
+    def made(self) -> int:
+        return self.as_members + self.as_non_members
 
 
 @dataclass(frozen=True)
 class Membership:
-    """What one attack's scores show. `tpr_at_fpr`: false positive rate -> (rate, interval)."""
+    """What one attack's scores show. `tpr_at_fpr`: false positive rate -> (rate, interval).
+
+    `separation`: standard deviations between members and non-members, for the detection power.
+    """
 
     members: Scores
     non_members: Scores
@@ -58,6 +61,7 @@ class Membership:
     bound: LowerBound
     guesses: Guesses
     estimate: Estimate
+    separation: float
 
 
 def measure(
@@ -68,6 +72,7 @@ def measure(
     confidence: float,
     generator: np.random.Generator,
     tests: int = 1,
+    design: Design = DEFAULT_DESIGN,
 ) -> Membership:
     """Everything that scores of members and non-members show, a higher score meaning "member".
 
@@ -81,7 +86,7 @@ def measure(
     curve = roc(members, non_members)
     bound, guesses = split_bound(
         members, non_members, delta=delta, confidence=1 - (1 - confidence) / tests,
-        generator=generator,
+        generator=generator, design=design,
     )
     return Membership(
         members=members,
@@ -93,6 +98,7 @@ def measure(
         bound=bound,
         guesses=guesses,
         estimate=pooled_gaussian_estimate(members, non_members, delta),
+        separation=pooled_separation(members, non_members),
     )
 
 
@@ -103,67 +109,53 @@ def split_bound(
     delta: float,
     confidence: float,
     generator: np.random.Generator,
+    design: Design = DEFAULT_DESIGN,
 ) -> tuple[LowerBound, Guesses]:
-    """The one-run bound on one half of the canaries, its guesses chosen on the other half.
+    """The one-run bound, its guesses fixed before the tested canaries are looked at.
 
-    *Guarantee*: an (epsilon, delta)-DP training exceeds the bound with probability at most
-    1 - confidence. *Assumes*: add/remove of one canary; `ASSUMES`; scores that depend on the
+    *Guarantee*: a training that is (epsilon, delta)-DP under `design.relation` exceeds the bound
+    with probability at most 1 - confidence. *Assumes*: `design.assumes`; scores that depend on the
     training's output and on public facts alone.
     """
-    scores, coins = flip_coins(members, non_members, generator)
-    half = len(scores) // 2
-    top, bottom = choose_fractions(scores[:half], coins[:half], 1 - confidence)
-    guesses = guess(scores[half:], coins[half:], top, bottom)
-    made = guesses.as_members + guesses.as_non_members
+    if design.coins:
+        scores, coins = all_coins(members, non_members, generator)
+    else:
+        scores, coins = flip_coins(members, non_members, generator)
+    drawn = len(scores)
+    if design.declared:
+        level = 1 - (1 - confidence) / len(design.declared)
+        shares = [(share, share) for share in design.declared]
+    else:
+        level, chosen = confidence, math.floor(len(scores) * design.holdout)
+        gaussian = design.gaussian
+        shares = [choose_fractions(scores[:chosen], coins[:chosen], 1 - confidence, gaussian)]
+        scores, coins = scores[chosen:], coins[chosen:]
+    tried = [guess(scores, coins, top, bottom) for top, bottom in shares]
+    proved = [design.certify(g.canaries, g.made, g.correct, delta, level) for g in tried]
+    best = int(np.argmax(proved))
     bound = LowerBound(
-        epsilon=one_run_lower_bound(guesses.canaries, made, guesses.correct, delta, confidence),
+        epsilon=proved[best],
         confidence=confidence,
-        method=METHOD,
-        ceiling=_ceiling(guesses.canaries, delta, confidence),
-        assumes=ASSUMES,
+        method=design.method,
+        ceiling=_ceiling(len(scores), delta, confidence, design),
+        assumes=design.assumes,
     )
-    return bound, guesses
-
-
-def flip_coins(
-    members: Scores, non_members: Scores, generator: np.random.Generator
-) -> tuple[Scores, NDArray[np.bool_]]:
-    """Canaries in random order with their coins, True for a member.
-
-    The number of members is binomial, as fair coins would have it. Four standard deviations are
-    kept in reserve on the smaller side, so that it runs out with probability below 1e-4.
-    """
-    pool = min(len(members), len(non_members))
-    canaries = max(1, math.floor(2 * (pool - 4 * math.sqrt(pool / 2))))
-    inside = int(generator.binomial(canaries, 0.5))
-    inside = min(max(inside, canaries - len(non_members)), len(members))
-    scores = np.concatenate([
-        generator.choice(members, inside, replace=False),
-        generator.choice(non_members, canaries - inside, replace=False),
-    ])
-    coins = np.arange(canaries) < inside
-    order = generator.permutation(canaries)
-    return scores[order], coins[order]
+    return bound, replace(tried[best], drawn=drawn)
 
 
 def choose_fractions(
-    scores: Scores, coins: NDArray[np.bool_], significance: float
+    scores: Scores, coins: NDArray[np.bool_], significance: float, gaussian: bool = False
 ) -> tuple[float, float]:
     """Shares of the canaries to call members (top scores) and non-members (bottom scores).
 
-    The pair of `FRACTIONS` whose guesses prove most on these canaries; where none proves anything,
-    the one that beats chance by the most standard deviations.
+    The pair of `FRACTIONS` that did best on these canaries, which are not to be tested.
     """
     ordered = coins[np.argsort(-scores, kind="stable")]
     wins_top = np.concatenate([[0], np.cumsum(ordered)])
     wins_bottom = np.concatenate([[0], np.cumsum(~ordered[::-1])])
-    sizes = _sizes(FRACTIONS, len(scores))
-    made = sizes[:, None] + sizes[None, :]
-    right = wins_top[sizes][:, None] + wins_bottom[sizes][None, :]
-    proved = pure_one_run_bound(made, right, significance)
-    luck = (right - made / 2) / np.sqrt(np.maximum(made, 1) / 4)
-    best = np.lexsort((luck.ravel(), proved.ravel()))[-1]
-    row, column = np.unravel_index(best, made.shape)
+    made = sizes(FRACTIONS, len(scores))
+    right = wins_top[made], wins_bottom[made]
+    row, column = best_pair(len(scores), made, *right, significance, gaussian)
     return float(FRACTIONS[row]), float(FRACTIONS[column])
 
 
@@ -171,18 +163,17 @@ def guess(
     scores: Scores, coins: NDArray[np.bool_], top: float, bottom: float
 ) -> Guesses:
     """Call the `top` share of scores members and the `bottom` share non-members."""
-    as_members, as_non_members = _sizes(np.array([top, bottom]), len(scores))
+    as_members, as_non_members = sizes(np.array([top, bottom]), len(scores))
     ordered = coins[np.argsort(-scores, kind="stable")]
     right = ordered[:as_members].sum() + (~ordered[len(ordered) - as_non_members :]).sum()
     return Guesses(len(scores), int(as_members), int(as_non_members), int(right))
 
 
 @lru_cache(maxsize=256)
-def _ceiling(canaries: int, delta: float, confidence: float) -> float:
+def _ceiling(canaries: int, delta: float, confidence: float, design: Design) -> float:
     """The most that guesses of the largest shares, all right, would certify."""
-    most = 2 * int(_sizes(FRACTIONS[-1:], canaries)[0])
-    return one_run_lower_bound(canaries, most, most, delta, confidence)
-
-
-def _sizes(fractions: NDArray[np.float64], canaries: int) -> NDArray[np.int64]:
-    return np.floor(fractions * canaries).astype(np.int64)
+    share, level = FRACTIONS[-1], confidence
+    if design.declared:
+        share, level = max(design.declared), 1 - (1 - confidence) / len(design.declared)
+    most = 2 * int(sizes(np.array([share]), canaries)[0])
+    return design.certify(canaries, most, most, delta, level)

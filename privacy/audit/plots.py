@@ -1,4 +1,4 @@
-"""The audit's pictures as inline SVG: ROC curves on log axes, and score histograms.
+"""The audit's pictures as inline SVG: ROC curves on log axes, score histograms, epsilon by round.
 
 Drawn on `Figure` objects of their own, without pyplot and its global state. Text stays text.
 Colours: Okabe and Ito, told apart by colour-blind readers.
@@ -15,10 +15,13 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from scipy import special
 
+from sottovoce.privacy.audit.claims import Claim
+from sottovoce.privacy.audit.gaussian import gaussian_mu
 from sottovoce.privacy.audit.membership import Membership
-from sottovoce.privacy.audit.outcome import AttackResult, Audit
+from sottovoce.privacy.audit.outcome import AttackResult, Audit, claim_of
 from sottovoce.privacy.audit.roc import Roc
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#5A5A5A"
@@ -39,6 +42,7 @@ STYLE: Any = {
     "legend.fontsize": 9.5,
 }
 ROW = 2  # panels side by side
+POINTS = 300  # of a curve, at most: a million candidates make a page no heavier
 
 
 def roc_curves(audit: Audit) -> str:
@@ -62,23 +66,58 @@ def _panels(audit: Audit, draw: Any, height: float) -> str:
         grid = figure.subplots(rows, ROW, squeeze=False).ravel()
         for axes, (result, found) in zip(grid, measured, strict=False):
             draw(axes, result, found)
-            axes.set_title(result.attack.name.replace("_", " "))
+            axes.set_title(f"{result.attack.name.replace('_', ' ')}, per {result.attack.unit}")
         for axes in grid[len(measured):]:
             axes.set_axis_off()
         return _svg(figure)
 
 
+def epsilon_by_round(audit: Audit) -> str:
+    """Epsilon by theory over rounds, and what attacks proved where they were made."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(11, 3.1))
+        figure.subplots_adjust(left=0.06, right=0.99, bottom=0.18, top=0.96)
+        axes = figure.subplots()
+        _draw_rounds(axes, audit)
+        return _svg(figure)
+
+
+def _draw_rounds(axes: Axes, audit: Audit) -> None:
+    claim, rounds = audit.headline, [point.round for point in audit.rounds]
+    axes.plot(rounds, [point.theory for point in audit.rounds], color=ORANGE, lw=1.8,
+              label=f"theory: at most, per {claim.unit}")
+    attacked = [(point.round, point.bound) for point in audit.rounds if point.bound is not None]
+    axes.plot(*np.array(attacked, dtype=float).reshape(-1, 2).T, color=BLUE, marker="^", ms=9,
+              ls="none", label=f"attacks: at least ({100 * audit.confidence:g} % confidence)",
+              clip_on=False, zorder=3)
+    strongest = audit.headline_result
+    if strongest is not None and strongest.membership is not None:
+        held, ceiling = strongest.claimed, strongest.membership.bound.ceiling
+        if held is not None and held != claim.epsilon and math.isfinite(held):
+            axes.axhline(held, color=ORANGE, ls="--", lw=1.2,
+                         label="theory if one is exchanged: what these attacks are held against")
+        if math.isfinite(ceiling):
+            axes.axhline(ceiling, color=GREY, ls=":", lw=1.2, label="ceiling of this audit")
+    axes.set(xlabel="round", ylabel="ε", ylim=(0, None), xlim=(0, max(rounds) * 1.02))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(True, axis="y", color="#E3E3E3", lw=0.8)
+    axes.legend(loc="best")
+
+
 def _draw_roc(axes: Axes, audit: Audit, result: AttackResult, found: Membership) -> None:
     curve = found.curve
-    resolved = 1 / curve.non_members
-    floor = min(resolved, 1 / curve.members) / 3
+    resolved, least = 1 / curve.non_members, 1 / curve.members
+    floor = min(resolved, least) / 3
     line = np.geomspace(floor, 1, 200)
     axes.axvspan(floor, resolved, color="#EFEFEF", lw=0)
+    axes.axhspan(floor, least, color="#EFEFEF", lw=0)
     axes.plot(line, line, color=GREY, ls=":", lw=1.2, label="chance")
-    claim = next(c for c in audit.claims if c.unit == result.attack.unit)
-    if claim.finite and claim.delta is not None and result.invalid is None:
-        limit = _claimed(line, claim.epsilon, claim.delta)
-        axes.plot(line, limit, color=ORANGE, ls="--", lw=1.4, label="most the claim allows")
+    claim = claim_of(result.attack, audit.claims)
+    claimed = result.claimed
+    if claim and claimed is not None and math.isfinite(claimed) and result.invalid is None:
+        limit = _claimed(line, claimed, claim)
+        axes.plot(line, np.maximum(limit, floor), color=ORANGE, ls="--", lw=1.4,
+                  label="most the claim allows")
     fpr, tpr, low, high = _band(curve, audit.confidence)
     axes.fill_between(fpr, low, high, step="post", color=BLUE, alpha=0.18, lw=0,
                       label=f"{100 * audit.confidence:g} % band")
@@ -91,8 +130,15 @@ def _draw_roc(axes: Axes, audit: Audit, result: AttackResult, found: Membership)
     axes.legend(loc="lower right")
 
 
-def _claimed(fpr: Any, epsilon: float, delta: float) -> Any:
-    """Highest true positive rate under (epsilon, delta)-DP, from both directions."""
+def _claimed(fpr: Any, epsilon: float, claim: Claim) -> Any:
+    """Highest true positive rate that the claim allows.
+
+    Of a Gaussian mechanism its own trade-off curve, else that of (epsilon, delta)-DP, from both
+    directions.
+    """
+    delta = claim.delta or 0.0
+    if claim.gaussian and delta > 0:
+        return special.ndtr(special.ndtri(fpr) + gaussian_mu(epsilon, delta))
     forward = np.exp(np.minimum(epsilon, 700)) * fpr + delta
     backward = 1 - np.exp(-epsilon) * (1 - fpr - delta)
     return np.clip(np.minimum(forward, backward), 0, 1)
@@ -101,9 +147,13 @@ def _claimed(fpr: Any, epsilon: float, delta: float) -> Any:
 def _band(curve: Roc, confidence: float) -> tuple[Any, Any, Any, Any]:
     """False positive rates, true positive rates and their pointwise Clopper-Pearson interval.
 
-    One point for each false positive count: the best true positive rate there.
+    One point for each false positive count: the best true positive rate there; of many counts
+    about `POINTS`, evenly spread on the log axis.
     """
     last = np.flatnonzero(np.diff(curve.false_positives, append=np.iinfo(np.int64).max))
+    if len(last) > POINTS:
+        spread = np.geomspace(1, len(last), POINTS).astype(np.int64)
+        last = last[np.unique(np.concatenate([[1], spread])) - 1]
     false, hits, n = curve.false_positives[last], curve.true_positives[last], curve.members
     tail = (1 - confidence) / 2
     low = np.where(hits > 0, special.betaincinv(np.maximum(hits, 1), n - hits + 1, tail), 0)
@@ -124,7 +174,7 @@ def _draw_histogram(axes: Axes, found: Membership) -> None:
         axes.hist(np.clip(scores, low, high), bins=bins, density=True, histtype="stepfilled",
                   color=colour, alpha=0.35, ec=colour, lw=1.2, label=name)
     axes.set(xlabel="score (higher: more like a member)", yticks=[])
-    axes.legend(loc="lower right", bbox_to_anchor=(1, 0.98), ncols=2)
+    axes.legend(loc="upper right")
 
 
 def _svg(figure: Figure) -> str:

@@ -1,34 +1,26 @@
-"""An audit as data (`audit.json`) and as a table for the terminal."""
+"""An audit as data: `audit.json`, and the raw scores beside it.
+
+A bound is `epsilon_lower_bound`, with method, confidence, ceiling and what it assumes; an estimate
+is `epsilon_estimate` and says that it is none. Infinite or unknown figures are null.
+"""
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterator
+from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
-from rich.console import RenderableType
-from rich.table import Table
-from rich.text import Text
-
+from sottovoce.privacy.audit.claims import Claim
 from sottovoce.privacy.audit.outcome import AttackResult, Audit
-from sottovoce.privacy.audit.verdict import Claim, Judgement, Verdict, epsilon_text
-
-COLOURS = {
-    Verdict.VIOLATION: "red",
-    Verdict.NO_VIOLATION_FOUND: "green",
-    Verdict.INCONCLUSIVE: "yellow",
-    Verdict.INVALID: "red",
-}
-NATURAL = "natural data are weak canaries: this finds gross leaks and certifies little"
-THREAT_MODEL = (
-    "The attacker knows the released models, the population and every candidate's data, and asks "
-    "of each candidate: was it in the training data? It sees no update, no sum and no noise."
-)
+from sottovoce.privacy.audit.power import MODEL
+from sottovoce.privacy.audit.roc import Scores
+from sottovoce.privacy.audit.verdict import Judgement
 
 
 def audit_record(audit: Audit) -> dict[str, Any]:
-    """What `audit.json` holds; infinite or unknown figures are null."""
+    """What `audit.json` holds, but for the raw scores."""
     judged = list(zip(audit.claims, audit.by_claim, strict=True))
     claims = [_claim(claim, judgement) for claim, judgement in judged]
     return {
@@ -38,24 +30,71 @@ def audit_record(audit: Audit) -> dict[str, Any]:
         "claim": claims[audit.claims.index(audit.headline)],
         "claims": claims,
         "attacks": [_attack(result, audit.confidence) for result in audit.results],
+        "leakage": [found.record() for found in audit.leakage],
+        "checks": [check.record() for check in audit.checks],
+        "rounds": [
+            {"round": p.round, "epsilon": finite(p.theory), "epsilon_lower_bound": p.bound}
+            for p in audit.rounds
+        ],
+        "utility": [vars(one) for one in audit.utility],
         "skipped": audit.skipped,
-        "threat_model": THREAT_MODEL,
+        "notes": list(audit.notes),
+        "threat_model": audit.threat_model,
         "confidence": audit.confidence,
         "bounds_hold": "together over all compared attacks: each at the Bonferroni level",
-        "run": str(audit.run),
+        "run": str(audit.source),
         "seed": audit.seed,
         "seconds": round(audit.seconds, 3),
         "version": metadata.version("sottovoce"),
     }
 
 
+def raw_scores(audit: Audit) -> dict[str, Any]:
+    """Every candidate's id and score, by attack: what anybody needs to weigh them again."""
+    return {
+        result.attack.name: {
+            "members": _listed(result.scored.member_ids, result.scored.members),
+            "non_members": _listed(result.scored.non_member_ids, result.scored.non_members),
+        }
+        for result in audit.results
+    }
+
+
+def _listed(ids: Sequence[str | int], scores: Scores) -> dict[str, Any]:
+    return {"ids": list(ids), "scores": [finite(score) for score in scores]}
+
+
+def json_text(value: Any, indent: str = "") -> str:
+    """JSON with a line for each key, but one line for a list of plain values."""
+    text = _pretty(value, indent)
+    return text if indent else text + "\n"
+
+
+def finite(value: float | None) -> float | None:
+    return float(value) if value is not None and math.isfinite(value) else None
+
+
+def _pretty(value: Any, indent: str) -> str:
+    deeper = indent + "  "
+    if isinstance(value, dict) and value:
+        lines = [f"{json.dumps(str(key))}: {_pretty(item, deeper)}" for key, item in value.items()]
+        return "{\n" + ",\n".join(deeper + line for line in lines) + f"\n{indent}}}"
+    if isinstance(value, list | tuple) and any(isinstance(v, dict | list | tuple) for v in value):
+        lines = [_pretty(item, deeper) for item in value]
+        return "[\n" + ",\n".join(deeper + line for line in lines) + f"\n{indent}]"
+    return json.dumps(value, allow_nan=False, ensure_ascii=False)
+
+
 def _claim(claim: Claim, judgement: Judgement) -> dict[str, Any]:
     return {
         "unit": claim.unit,
         "observer": claim.observer,
-        "epsilon": _finite(claim.epsilon),
+        "relation": claim.relation,
+        "epsilon": finite(claim.epsilon),
         "delta": claim.delta,
-        "published_epsilon": _finite(claim.published),
+        "epsilon_replace_one": finite(claim.exchanged),
+        "mechanism": "gaussian" if claim.gaussian else "any",
+        "published_epsilon": finite(claim.published),
         "verdict": str(judgement.verdict),
         "reason": judgement.reason,
     }
@@ -67,19 +106,21 @@ def _attack(result: AttackResult, confidence: float) -> dict[str, Any]:
         "name": attack.name,
         "unit": attack.unit,
         "observer": attack.observer,
+        "relation": attack.relation,
         "sees": attack.sees,
         "cost": attack.cost,
         "valid": result.invalid is None,
-        "note": result.invalid or NATURAL,
+        "note": result.invalid or attack.note,
         "n_members": result.members,
         "n_non_members": result.non_members,
         "seconds": round(result.seconds, 3),
         "confidence": confidence,
+        "epsilon_claimed": finite(result.claimed),
     }
     if found is None:
-        unknown = ("auc", "auc_ci", "epsilon_lower_bound", "ceiling", "method")
+        unknown = ("auc", "auc_ci", "epsilon_lower_bound", "ceiling", "method", "detection_power")
         return {**record, **dict.fromkeys(unknown), "tpr_at_fpr": {}}
-    bound, guesses = found.bound, found.guesses
+    bound, guesses, power = found.bound, found.guesses, result.power
     return {
         **record,
         "auc": found.auc,
@@ -93,66 +134,12 @@ def _attack(result: AttackResult, confidence: float) -> dict[str, Any]:
         "ceiling": bound.ceiling,
         "test_confidence": bound.confidence,
         "canaries": guesses.canaries,
-        "guesses": guesses.as_members + guesses.as_non_members,
+        "guesses": guesses.made,
         "correct": guesses.correct,
-        "epsilon_estimate": _finite(found.estimate.epsilon),
+        "detection_power": None if power is None else {
+            "against": "half the noise", "perfect_attack": power.perfect,
+            "this_attack": power.this, "model": MODEL,
+        },
+        "epsilon_estimate": finite(found.estimate.epsilon),
         "estimate_method": found.estimate.method + "; an estimate, not a bound",
     }
-
-
-def audit_table(audit: Audit) -> Iterator[RenderableType]:
-    """The verdict and the table of attacks, theory beside practice."""
-    verdict = audit.judgement.verdict
-    yield Text(f"{verdict}", style=f"bold {COLOURS[verdict]}")
-    yield Text(f"{audit.judgement.reason}\n")
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column("attack\nunit, observer, seconds", no_wrap=True)
-    for heading in ("ε\nclaimed", "ε at\nleast", "ceiling", "AUC", "TPR at\n1 % FPR"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for result in audit.results:
-        name, unit, observer, claimed, proved, ceiling, auc, rate, seconds = attack_cells(
-            audit, result
-        )
-        about = f"{name}\n  {unit}, {observer}, {seconds} s"
-        two_lines = (cell.replace(" [", "\n[") for cell in (auc, rate))
-        table.add_row(about, claimed, proved, ceiling, *two_lines)
-    yield table
-    yield Text("\n" + "\n".join(audit_notes(audit)), style="dim")
-
-
-def attack_cells(audit: Audit, result: AttackResult) -> list[str]:
-    """An attack in words: name, unit, observer, claim, bound, ceiling, AUC, rate, seconds."""
-    attack, found = result.attack, result.membership
-    claim = next(c for c in audit.claims if c.unit == attack.unit)
-    claimed = epsilon_text(claim.epsilon) if result.invalid is None else "–"
-    cells = [attack.name, attack.unit, attack.observer, claimed]
-    if found is None:
-        return [*cells, *["–"] * 4, f"{result.seconds:.1f}"]
-    low, high = found.auc_interval
-    rate, (least, most) = found.tpr_at_fpr[0.01]
-    return [
-        *cells,
-        str(found.bound),
-        f"{math.floor(found.bound.ceiling * 100) / 100:.2f}",
-        f"{found.auc:.3f} [{low:.2f}, {high:.2f}]",
-        f"{rate:.3f} [{least:.2f}, {most:.2f}]",
-        f"{result.seconds:.1f}",
-    ]
-
-
-def audit_notes(audit: Audit) -> list[str]:
-    """What a reader of the table must know."""
-    percent = f"{100 * audit.confidence:g} %"
-    notes = [
-        f"Lower bounds hold together with {percent} confidence, each interval alone.",
-        "Ceiling: what a perfect attack on as many canaries would certify.",
-        "Observer release sees every released model, nothing else of the training.",
-        f"{NATURAL[0].upper()}{NATURAL[1:]}.",
-    ]
-    notes += [f"{r.attack.name}: not compared, {r.invalid}." for r in audit.results if r.invalid]
-    notes += [f"{name}: left out, {why}." for name, why in audit.skipped.items()]
-    return notes
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None

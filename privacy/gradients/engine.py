@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from sottovoce.client.errors import UnsupportedLayer
 from sottovoce.privacy.gradients.clipping import Clipping, as_clipping, clip_scales
 from sottovoce.privacy.gradients.factors import Factor, clipped_sum, wide, zero_rows
+from sottovoce.privacy.gradients.factors import descend as apply_factors
 from sottovoce.privacy.gradients.grouping import REMEDIES, Grouped, track
 from sottovoce.privacy.gradients.micro_batches import (
     MicroBatches,
@@ -88,44 +89,72 @@ def backward(
     clipping: float | Tensor | Clipping | None,
     groups: int,
     micro: MicroBatches | None = None,
+    units: float = 1.0,
 ) -> ClippedSums:
     """Backward pass of `losses` (rows,) and the clipped sums it leaves.
 
     `clipping`: a rule; or its threshold, one for all or one for each group (groups,); or None for
     plain sums. `micro`: for a rule that clips micro-batches, who is in which; the sums are then
-    those of the clipped means.
+    those of the clipped means. `units`: what clipped sums are divided by.
     """
     rule = None if clipping is None else as_clipping(clipping)
     rows = _check_losses(losses, groups)
     check_units(rule, rows, groups, micro)
-    _check_trained(grouped)
     if not rows:
+        _check_trained(grouped)
         grouped.tape.take(0, check=False)
         floats, shapes = _floats(grouped), grouped.shapes()
         sums = {name: floats.new_zeros((groups, *shape)) for name, shape in shapes.items()}
         return ClippedSums(sums, floats.new_zeros(0 if micro is None else micro.count))
-    if rows > 1 and losses.requires_grad and not grouped.probed:
+    _record(grouped, losses)
+    with torch.no_grad(), _full_precision(losses.device.type):
+        micro = None if micro is None else micro.to(losses.device)
+        return _assemble(grouped, rows, rule, groups, micro, units)
+
+
+def descend(grouped: Grouped, losses: Tensor, weights: dict[str, Tensor], rate: float) -> None:
+    """weights - rate * (gradient of the sum of each group's losses), in place; no row is clipped.
+
+    `losses`: (rows,), group by group. `weights`: by name (groups, *shape), contiguous.
+    """
+    rows = _check_losses(losses, len(next(iter(weights.values()))))
+    if not rows:
+        grouped.tape.take(0, check=False)
+        return
+    _record(grouped, losses)
+    with torch.no_grad(), _full_precision(losses.device.type):
+        for name, uses in grouped.tape.take(rows).items():
+            apply_factors(uses, weights[name], rate)
+
+
+def _record(grouped: Grouped, losses: Tensor) -> None:
+    """Leave the factors of a backward pass on the tape."""
+    _check_trained(grouped)
+    if len(losses) > 1 and losses.requires_grad and not grouped.probed:
         check_rows_apart(grouped.tape, list(grouped.parameters.values()), losses)
         grouped.probed = True
     _backward_pass(grouped, losses)
-    with torch.no_grad(), _full_precision(losses.device.type):
-        micro = None if micro is None else micro.to(losses.device)
-        return _assemble(grouped, rows, rule, groups, micro)
 
 
 def _assemble(
-    grouped: Grouped, rows: int, rule: Clipping | None, groups: int, micro: MicroBatches | None
+    grouped: Grouped,
+    rows: int,
+    rule: Clipping | None,
+    groups: int,
+    micro: MicroBatches | None,
+    units: float,
 ) -> ClippedSums:
     factors = grouped.tape.take(rows)
     shapes = grouped.shapes()
+    scales: dict[str, Tensor | None] = dict.fromkeys(factors)
     if rule is None or not factors:
-        ones = _floats(grouped).new_ones(rows)
-        scales, norms = dict.fromkeys(factors, ones), ones.new_zeros(0)
+        norms = _floats(grouped)
     else:
         squares = _row_squares(factors) if micro is None else mean_squares(factors, micro)
-        scales, norms = clip_scales(squares, rule, groups, shapes)
-        if micro is not None:
-            scales = row_scales(scales, micro)
+        found, norms = clip_scales(squares, rule, groups, shapes)
+        found = found if micro is None else row_scales(found, micro)
+        shares = {id(scale): scale / units for scale in found.values()}  # most are one tensor
+        scales |= {name: shares[id(scale)] for name, scale in found.items()}
         if not math.isfinite(float(norms.sum())):
             finite = torch.isfinite(norms)
             finite = finite if micro is None else micro.to_rows(finite)

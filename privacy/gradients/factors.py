@@ -33,8 +33,11 @@ class Factor(Protocol):
         """Rows of the pass it was recorded in."""
         ...
 
-    def scaled_sum(self, scale: Tensor, shape: torch.Size, groups: int) -> Tensor:
-        """(groups, *shape) sum over each group's rows of scale[row] times the row's gradient."""
+    def scaled_sum(self, scale: Tensor | None, shape: torch.Size, groups: int) -> Tensor:
+        """(groups, *shape) sum over each group's rows of scale[row] times the row's gradient.
+
+        Without a scale, the plain sum.
+        """
         ...
 
     def bundled(self, bundles: Bundles) -> Factor:
@@ -74,10 +77,11 @@ class Dense:
     def rows(self) -> int:
         return self.g.shape[0]
 
-    def scaled_sum(self, scale: Tensor, shape: torch.Size, groups: int) -> Tensor:
+    def scaled_sum(self, scale: Tensor | None, shape: torch.Size, groups: int) -> Tensor:
         x, g = wide(self.x), wide(self.g)
-        weight = scale.view(-1, 1, 1)
-        x, g = (x * weight, g) if x.shape[2] < g.shape[2] else (x, g * weight)
+        if scale is not None:
+            weight = scale.view(-1, 1, 1)
+            x, g = (x * weight, g) if x.shape[2] < g.shape[2] else (x, g * weight)
         if groups == 1:
             return gemm.outer_sum(*_flat(g, x)).view(1, *shape)
         x, g = (side.reshape(groups, -1, side.shape[2]) for side in (x, g))
@@ -100,14 +104,20 @@ class OneHot:
     def rows(self) -> int:
         return self.g.shape[0]
 
-    def scaled_sum(self, scale: Tensor, shape: torch.Size, groups: int) -> Tensor:
+    def scaled_sum(self, scale: Tensor | None, shape: torch.Size, groups: int) -> Tensor:
         vocabulary, width = shape
-        g = (wide(self.g) * scale.view(-1, 1, 1)).reshape(-1, width)
+        g = wide(self.g)
+        g = (g if scale is None else g * scale.view(-1, 1, 1)).reshape(-1, width)
+        table = g.new_zeros((groups * vocabulary, width))
+        return table.index_add_(0, self.flat_index(shape, groups), g).view(groups, *shape)
+
+    def flat_index(self, shape: torch.Size, groups: int) -> Tensor:
+        """(rows T,) indices into all groups' tables (V, D), laid end to end."""
         index = self.index.reshape(groups, -1)
         if groups > 1:
-            index = index + torch.arange(groups, device=g.device).mul_(vocabulary).unsqueeze(1)
-        table = g.new_zeros((groups * vocabulary, width))
-        return table.index_add_(0, index.reshape(-1), g).view(groups, *shape)
+            first = torch.arange(groups, device=index.device).mul_(shape[0])
+            index = index + first.unsqueeze(1)
+        return index.reshape(-1)
 
     def bundled(self, bundles: Bundles) -> OneHot:
         return OneHot(bundles.laid(self.index), bundles.laid(self.g))
@@ -164,13 +174,31 @@ class Bag:
                  else wide(self.share).gather(1, order))
         return torch.zeros_like(share).scatter_add_(1, rank, share).pow_(2).sum(1)
 
-    def scaled_sum(self, scale: Tensor, shape: torch.Size, groups: int) -> Tensor:
+    def scaled_sum(self, scale: Tensor | None, shape: torch.Size, groups: int) -> Tensor:
+        if self.countable(shape, groups):
+            words = self.counts(shape, groups)
+            if scale is not None:
+                words *= scale.view(groups, -1, 1)
+            return torch.bmm(words.transpose(1, 2), wide(self.g).view(groups, -1, shape[1]))
         if groups > 1 or self.share is not None:
             return self.as_onehot().scaled_sum(scale, shape, groups)
         rows, length = self.index.shape
-        g = wide(self.g) * (scale * (1 / length)).unsqueeze(1)
+        g = wide(self.g) * (1 / length if scale is None else (scale * (1 / length)).unsqueeze(1))
         each = g.unsqueeze(1).expand(-1, length, -1).reshape(rows * length, -1)
         return g.new_zeros(shape).index_add_(0, self.index.reshape(-1), each).unsqueeze(0)
+
+    def countable(self, shape: torch.Size, groups: int) -> bool:
+        """Whether `counts` are few beside the words."""
+        return groups > 1 and groups * shape[0] <= self.index.numel()
+
+    def counts(self, shape: torch.Size, groups: int) -> Tensor:
+        """Each row's sum of weights for each word, (groups, rows of one, V)."""
+        index = self.index.view(groups, -1, self.index.shape[1])
+        if self.share is None:
+            share = self.g.new_full((), 1 / index.shape[2], dtype=torch.float32).expand(index.shape)
+        else:
+            share = wide(self.share).view(index.shape)
+        return share.new_zeros((*index.shape[:2], shape[0])).scatter_add_(2, index, share)
 
     def bundled(self, bundles: Bundles) -> OneHot:
         return self.as_onehot().bundled(bundles)
@@ -190,8 +218,11 @@ class Summed:
     def rows(self) -> int:
         return self.g.shape[0]
 
-    def scaled_sum(self, scale: Tensor, shape: torch.Size, groups: int) -> Tensor:
+    def scaled_sum(self, scale: Tensor | None, shape: torch.Size, groups: int) -> Tensor:
         g = wide(self.g)
+        if scale is None:
+            return g.sum((0, 1)).unsqueeze(0) if groups == 1 else (
+                g.reshape(groups, -1, g.shape[2]).sum(1))
         if groups == 1 and g.shape[1] == 1:
             return scale.unsqueeze(0) @ g.squeeze(1)
         if groups == 1:
@@ -218,8 +249,10 @@ class Direct:
     def rows(self) -> int:
         return self.grad.shape[0]
 
-    def scaled_sum(self, scale: Tensor, shape: torch.Size, groups: int) -> Tensor:
+    def scaled_sum(self, scale: Tensor | None, shape: torch.Size, groups: int) -> Tensor:
         grad = wide(self.grad)
+        if scale is None:
+            return grad.reshape(groups, -1, *shape).sum(1)
         weight = scale.view(groups, 1, -1)
         stacked = grad.reshape(groups, weight.shape[2], -1)
         return torch.bmm(weight, stacked).view(groups, *shape)
@@ -236,16 +269,42 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
-def clipped_sum(factors: list[Factor], scale: Tensor, shape: torch.Size, groups: int) -> Tensor:
+def clipped_sum(
+    factors: list[Factor], scale: Tensor | None, shape: torch.Size, groups: int
+) -> Tensor:
     """Sum over each group's rows of `scale[row]` times the row's gradient: (groups, *shape).
 
-    `scale`: (rows,). Rows come group by group, equally many in each.
+    `scale`: (rows,), or None for ones. Rows come group by group, equally many in each. There is at
+    least one factor.
     """
     out: Tensor | None = None
     for factor in factors:
         part = factor.scaled_sum(scale, shape, groups)
         out = part if out is None else out.add_(part)
-    return out if out is not None else scale.new_zeros((groups, *shape))
+    assert out is not None
+    return out
+
+
+def descend(factors: list[Factor], weights: Tensor, rate: float) -> None:
+    """weights - rate * (sum of each group's gradients), in place: (groups, *shape), contiguous.
+
+    The sums of small matrices and of tables are never built.
+    """
+    groups, shape = weights.shape[0], weights.shape[1:]
+    for factor in factors:
+        if isinstance(factor, Dense) and gemm.is_small(groups, factor.g, factor.x):
+            g, x = (wide(side).reshape(groups, -1, side.shape[2]) for side in (factor.g, factor.x))
+            weights.baddbmm_(g.transpose(1, 2), x, alpha=-rate)
+        elif isinstance(factor, Bag) and factor.countable(shape, groups):
+            g = wide(factor.g).view(groups, -1, shape[1])
+            weights.baddbmm_(factor.counts(shape, groups).transpose(1, 2), g, alpha=-rate)
+        elif isinstance(factor, (OneHot, Bag)):
+            words = factor if isinstance(factor, OneHot) else factor.as_onehot()
+            rows = words.flat_index(shape, groups)
+            values = wide(words.g).reshape(-1, shape[1])
+            weights.view(groups * shape[0], shape[1]).index_add_(0, rows, values, alpha=-rate)
+        else:
+            weights.sub_(factor.scaled_sum(None, shape, groups), alpha=rate)
 
 
 def zero_rows(factors: list[Factor], keep: Tensor) -> list[Factor]:

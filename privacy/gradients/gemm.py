@@ -101,6 +101,12 @@ def stacked_outer_sum(g: Tensor, x: Tensor) -> Tensor:
     return torch.bmm(g.transpose(1, 2), x)
 
 
+def is_small(groups: int, g: Tensor, x: Tensor) -> bool:
+    """Whether `stacked_outer_sum` of (rows, T, ·) makes one program of all groups."""
+    each = g.numel() // groups * x.shape[-1]
+    return not (each >= WORTHWHILE and _suited(g) and _suited(x))
+
+
 def one_by_one(states: Tensor, weights: Tensor) -> bool:
     """Whether a stack of products is faster one after another: (K, n, ·) and (K, out, in)."""
     each = states.shape[1] * weights.shape[1] * weights.shape[2]

@@ -62,7 +62,8 @@ class Grouped:
 
     `module`: the model to call, with rows of all groups as its batch. `parameters`: trainable
     parameters by name, in the model's own order; each is the model's own (shared) or a stack
-    (groups, *shape). `tape`: where a backward pass leaves its factors.
+    (groups, *shape), and may be given data of either form. `tape`: where a backward pass leaves
+    its factors.
     """
 
     def __init__(
@@ -70,11 +71,24 @@ class Grouped:
     ) -> None:
         self.module, self.tape, self.parameters, self.groups = module, tape, parameters, groups
         self.probed = False  # whether its rows have been seen to be apart
+        self.frozen_stacks: list[nn.Parameter] = []
+        skip = 0 if groups is None else 1
+        self._dims = {name: tensor.dim() - skip for name, tensor in parameters.items()}
+
+    @property
+    def freezes_stacks(self) -> bool:
+        """Whether a frozen parameter is stacked beside a trainable one of its layer."""
+        return bool(self.frozen_stacks)
+
+    def resize(self, groups: int) -> None:
+        """Frozen stacks for another number of groups."""
+        for parameter in self.frozen_stacks:
+            parameter.data = parameter.data[:1].expand(groups, *parameter.shape[1:])
 
     def shapes(self) -> dict[str, torch.Size]:
         """Shape of each trainable parameter for one group."""
-        skip = 0 if self.groups is None else 1
-        return {name: tensor.shape[skip:] for name, tensor in self.parameters.items()}
+        dims = self._dims
+        return {n: tensor.shape[tensor.dim() - dims[n] :] for n, tensor in self.parameters.items()}
 
 
 def track(model: nn.Module) -> Grouped:
@@ -101,7 +115,7 @@ def ungroup(grouped: Grouped, device: int) -> dict[str, Tensor]:
 
 
 def _swap(model: nn.Module, devices: int | None) -> Grouped:
-    _refuse_unknown(model)
+    refuse_unknown(model)
     memo: dict[int, Any] = {}
     by_id: dict[int, str] = {}
     parameters: dict[str, nn.Parameter] = {}
@@ -122,7 +136,12 @@ def _swap(model: nn.Module, devices: int | None) -> Grouped:
     module = _replace(copy.deepcopy(model, memo), tape, names, devices)
     module.register_forward_pre_hook(partial(_note_rows, tape), with_kwargs=True)
     module.register_forward_hook(partial(_pass_over, tape), always_call=True)
-    return Grouped(module, tape, parameters, devices)
+    grouped = Grouped(module, tape, parameters, devices)
+    for inner in module.modules() if devices is not None else ():
+        own = list(inner.parameters(recurse=False))
+        if any(p.requires_grad for p in own):
+            grouped.frozen_stacks += [p for p in own if not p.requires_grad]
+    return grouped
 
 
 def _replace(
@@ -207,7 +226,7 @@ def _pass_over(tape: Tape, module: nn.Module, args: Any, result: Any) -> None:
     tape.inside -= 1
 
 
-def _refuse_unknown(model: nn.Module) -> None:
+def refuse_unknown(model: nn.Module) -> None:
     """Raise UnsupportedLayer for a trainable layer that no tracked leaf can stand in for.
 
     A parameter beside its leaf is none of those: BERT's head for masked words keeps the bias of

@@ -40,6 +40,7 @@ def backward(
     clipping: float | Tensor | Clipping | None,
     groups: int,
     micro: MicroBatches | None = None,
+    units: float = 1.0,
 ) -> ClippedSums:
     """As `sottovoce.privacy.gradients.engine.backward`: the clipped sums of `losses` (rows,).
 
@@ -60,7 +61,7 @@ def backward(
     with torch.no_grad():
         samples = {name: _full(sample) for name, sample in samples.items()}
         micro = None if micro is None else micro.to(losses.device)
-        return _assemble(grouped, samples, rule, groups, micro)
+        return _assemble(grouped, samples, rule, groups, micro, units)
 
 
 def _assemble(
@@ -69,6 +70,7 @@ def _assemble(
     rule: Clipping | None,
     groups: int,
     micro: MicroBatches | None,
+    units: float,
 ) -> ClippedSums:
     """`samples`: (rows, *shape) by name, of the parameters that the losses depend on."""
     shapes = grouped.shapes()
@@ -85,9 +87,9 @@ def _assemble(
     for name, shape in shapes.items():
         sums[name] = floats.new_zeros((groups, *shape))
         if name in samples:
-            weight = scales[name].view(groups, 1, -1)
-            units = samples[name].reshape(groups, weight.shape[2], -1)
-            sums[name] = torch.bmm(weight, units).view(groups, *shape)
+            weight = scales[name].view(groups, 1, -1) / (1.0 if rule is None else units)
+            each = samples[name].reshape(groups, weight.shape[2], -1)
+            sums[name] = torch.bmm(weight, each).view(groups, *shape)
     return ClippedSums(sums, norms)
 
 

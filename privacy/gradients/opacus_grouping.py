@@ -26,6 +26,8 @@ class OpacusGrouped:
     `tape`: where dropout layers find the rows' seeds.
     """
 
+    freezes_stacks = False
+
     def __init__(
         self, module: nn.Module, parameters: dict[str, nn.Parameter], groups: int | None
     ) -> None:

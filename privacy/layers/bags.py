@@ -29,7 +29,8 @@ class _BagFunction(torch.autograd.Function):
         flat, rows = _flat_table(index, table)
         ctx.save_for_backward(index, weight, rows, flat)
         ctx.leaf = leaf
-        if weight is None and index.numel() * table.shape[-1] <= SMALL:
+        few = index.numel() * table.shape[-1] <= SMALL
+        if weight is None and table.dim() == 2 and few:
             return F.embedding(rows, flat).mean(1)
         mode = "mean" if weight is None else "sum"
         return F.embedding_bag(rows, flat, mode=mode, per_sample_weights=weight)

@@ -77,6 +77,15 @@ class NoiseSource:
 
     def generator(self, purpose: str, *key: int) -> np.random.Generator:
         """The generator of one purpose and key, always in its first state."""
-        text = "\x00".join([purpose, *map(str, key)]).encode()
-        digest = hashlib.blake2b(text, key=self.secret, digest_size=16).digest()
+        digest = self.digest(purpose, *key, size=16)
         return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
+
+    def key(self, purpose: str, *key: int) -> tuple[int, int]:
+        """Two words of 64 bits for `philox`, which draws for many devices at once."""
+        digest = self.digest(purpose, *key, size=16)
+        return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
+
+    def digest(self, purpose: str, *key: int, size: int) -> bytes:
+        """`size` bytes that nobody without the secret can tell from random ones."""
+        text = "\x00".join([purpose, *map(str, key)]).encode()
+        return hashlib.blake2b(text, key=self.secret, digest_size=size).digest()

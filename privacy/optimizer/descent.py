@@ -47,8 +47,8 @@ class Descent(ABC):
     def step(self, gradients: Tensors) -> Tensors:
         """The moves, by name and in the gradients' shapes: parameter <- parameter - move.
 
-        Every step must name the same parameters. The gradients are used up: their memory becomes
-        the moves'.
+        Every step must name the same parameters. Stacks may get shorter: the groups at their end
+        then take no more steps. The gradients are used up: their memory becomes the moves'.
         """
 
     def state(self) -> Tensors:
@@ -70,7 +70,7 @@ class SGD(Descent):
     def step(self, gradients: Tensors) -> Tensors:
         for name, gradient in gradients.items():
             if self.momentum:
-                velocity = self.velocity.setdefault(name, torch.zeros_like(gradient))
+                velocity = _state(self.velocity, name, gradient)
                 gradient.copy_(velocity.mul_(self.momentum).add_(gradient))
             if self.learning_rate != 1:
                 gradient.mul_(self.learning_rate)
@@ -114,14 +114,14 @@ class AdamBC(Descent):
         return {name: self._move(name, gradient) for name, gradient in gradients.items()}
 
     def _move(self, name: str, gradient: Tensor) -> Tensor:
-        first = self.first.setdefault(name, torch.zeros_like(gradient))
-        second = self.second.setdefault(name, torch.zeros_like(gradient))
+        first = _state(self.first, name, gradient)
+        second = _state(self.second, name, gradient)
         first.mul_(self.beta1).add_(gradient, alpha=1 - self.beta1)
         second.mul_(self.beta2).addcmul_(gradient, gradient, value=1 - self.beta2)
         variance = torch.div(second, 1 - self.beta2**self.count, out=gradient)
         noise = self.noise_variance
         if isinstance(noise, Tensor):
-            noise = noise.view(-1, *[1] * (gradient.dim() - 1))
+            noise = noise[: len(gradient)].view(-1, *[1] * (gradient.dim() - 1))
         root = variance.sub_(noise).clamp_(min=self.eps_floor).sqrt_()
         step = self.learning_rate / (1 - self.beta1**self.count)
         return torch.div(first, root, out=root).mul_(step)
@@ -164,6 +164,13 @@ def make_descent(
     return AdamBC(
         learning_rate, beta1, beta2, eps_floor=floor, noise_variance=noise_variance
     )
+
+
+def _state(states: Tensors, name: str, like: Tensor) -> Tensor:
+    """What is kept for a gradient, zeros at first; for a stack, of its groups."""
+    if name not in states:
+        states[name] = torch.zeros_like(like)
+    return states[name][: len(like)] if like.dim() else states[name]
 
 
 def _beginning(prefix: str, state: Tensors) -> Tensors:

@@ -1,0 +1,193 @@
+"""A population with canaries in it: examples that an audit looks for afterwards.
+
+Nothing is stored: who is a candidate, what each one holds and whether it is in follow from the
+seed, which `config.yaml` keeps. Held-out devices and examples are those of the population beneath.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from omegaconf import DictConfig
+
+from sottovoce.client.errors import ConfigError
+from sottovoce.client.examples import Examples
+from sottovoce.client.vocabulary import Vocabulary
+from sottovoce.simulations.canary_slots import Slots, choose_slots
+from sottovoce.simulations.canary_texts import (
+    mislabelled,
+    shuffled,
+    unique_tokens,
+    unused_words,
+)
+from sottovoce.simulations.code_population import without_codes
+from sottovoce.simulations.population import Population
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class _Held:
+    """What a device with candidates holds: numbers of the population's, or a candidate's place.
+
+    `numbers`: (examples,) of the population beneath. `candidate`: (examples,) place of the
+    candidate that stands there, -1 where none does.
+    """
+
+    numbers: Ints
+    candidate: Ints
+
+
+class CanaryPopulation(Population):
+    """`base` with the candidates whose coin fell so, in the place of the examples at `slots`.
+
+    `texts`: the candidates' examples, in the order of the slots; None where they are those at the
+    slots. `words`: that texts need beyond those of `base`. A device that gave up examples has as
+    many fewer, and one more for each candidate that is in.
+    """
+
+    def __init__(
+        self,
+        base: Population,
+        slots: Slots,
+        kind: str,
+        texts: Examples | None,
+        words: Sequence[str] = (),
+    ) -> None:
+        self.base, self.slots, self.kind, self._texts = base, slots, kind, texts
+        self.name, self.schema, self.public_words = base.name, base.schema, base.public_words
+        self.words = [*base.words, *words] if words else base.words
+        self.held_out = base.held_out
+        self.activity = np.array(base.activity)
+        out = slots.devices[~slots.coins]
+        np.subtract.at(self.activity, out, 1)
+        self._held = {int(d): self._holding(int(d)) for d in np.unique(slots.devices)}
+
+    def examples(
+        self, devices: Ints, indices: Sequence[Ints] | None = None
+    ) -> Examples:
+        """Training examples, canaries in their places. IndexError for an unknown number."""
+        devices = np.asarray(devices, dtype=np.int64)
+        touched = np.flatnonzero(np.isin(devices, self.slots.devices)).tolist()
+        if not touched:
+            return self.base.examples(devices, indices)
+        if indices is None:
+            indices = [np.arange(n, dtype=np.int64) for n in self.activity[devices]]
+        numbers, place = list(indices), [np.full(len(n), -1, np.int64) for n in indices]
+        for k in touched:
+            held, own = self._held[int(devices[k])], np.asarray(indices[k], np.int64)
+            if len(own) and not 0 <= own.min() <= own.max() < len(held.numbers):
+                raise IndexError("an example number is beyond its device's activity")
+            numbers[k], place[k] = held.numbers[own], held.candidate[own]
+        found = self.base.examples(devices, numbers)
+        return found if self._texts is None else _spliced(
+            found, self._texts, np.concatenate(place)
+        )
+
+    def candidates(self) -> Examples:
+        """Every candidate, in or out, in the order of the slots, as one device's examples."""
+        return _at(self.base, self.slots) if self._texts is None else self._texts
+
+    def others(self, devices: Ints) -> Examples:
+        """Examples of training devices without any candidate, nor what one took the place of."""
+        kept = [np.arange(n, dtype=np.int64) for n in self.base.activity[devices]]
+        for k, device in enumerate(devices.tolist()):
+            if device in self._held:
+                given = self.slots.numbers[self.slots.devices == device]
+                kept[k] = np.setdiff1d(kept[k], given)
+        return self.base.examples(devices, kept)
+
+    def held_out_devices(self, limit: int | None = None) -> Examples:
+        """Examples of held-out devices: no canary is among them."""
+        return self.base.held_out_devices(limit)
+
+    def held_out_activity(self, limit: int | None = None) -> NDArray[np.unsignedinteger[Any]]:
+        """(devices,) examples that each held-out device has."""
+        return self.base.held_out_activity(limit)
+
+    def held_out_examples(self, limit: int | None = None) -> Examples | None:
+        """Held-out examples of training devices: no canary is among them."""
+        return self.base.held_out_examples(limit)
+
+    def expected_level_counts(self) -> NDArray[np.float64] | None:
+        """As without canaries: no device changes its level."""
+        return self.base.expected_level_counts()
+
+    def describe(self) -> dict[str, Any]:
+        """What the report says: the population's own facts, and what was inserted.
+
+        How many candidates are in is not said.
+        """
+        said = f"{len(self.slots)} {self.kind} candidates, each in by a fair coin"
+        return {**self.base.describe(), "canaries": said}
+
+    def _holding(self, device: int) -> _Held:
+        mine = np.flatnonzero(self.slots.devices == device)
+        numbers = np.arange(int(self.base.activity[device]), dtype=np.int64)
+        candidate = np.full(len(numbers), -1, dtype=np.int64)
+        candidate[self.slots.numbers[mine]] = mine
+        absent = self.slots.numbers[mine[~self.slots.coins[mine]]]
+        return _Held(np.delete(numbers, absent), np.delete(candidate, absent))
+
+
+def with_canaries(
+    population: Population, vocabulary: Vocabulary, config: DictConfig
+) -> tuple[Population, Vocabulary]:
+    """The population with the canaries that `config.audit` asks for, and its vocabulary.
+
+    Raises ConfigError where it has no room for them, or they cannot be made.
+    """
+    settings = config.get("audit")
+    if settings is None or settings.canaries == "none":
+        return population, vocabulary
+    if settings.seed is None:
+        raise ConfigError("audit.seed is missing: set it, as `sottovoce simulate` does")
+    natural = without_codes(population)  # a device that says a code gives none of it up
+    slots = choose_slots(natural.activity, settings.number, settings.seed)
+    texts, words, kind = None, [], settings.canaries
+    if kind == "unique_token":
+        words, vocabulary = unused_words(vocabulary, population.words, len(slots))
+        places = np.arange(len(words), dtype=np.int32) + len(population.words)
+        texts = unique_tokens(_at(population, slots), population.schema, slots.seed, places)
+    elif kind == "mislabelled" and config.task.name == "next_word":
+        texts = shuffled(_at(population, slots), slots.seed)
+    elif kind == "mislabelled":
+        texts = mislabelled(_at(population, slots), population.schema, slots.seed)
+    return CanaryPopulation(population, slots, kind, texts, words), vocabulary
+
+
+def canaries_in(population: Population) -> CanaryPopulation | None:
+    """The population with example canaries that `population` is, or None."""
+    return population if isinstance(population, CanaryPopulation) else None
+
+
+def _at(population: Population, slots: Slots) -> Examples:
+    """The examples at the slots, as one device's."""
+    devices, starts = np.unique(slots.devices, return_index=True)
+    found = population.examples(devices, np.split(slots.numbers, starts[1:]))
+    return replace(found, device_offsets=np.array([0, len(slots)], dtype=np.int64))
+
+
+def _spliced(examples: Examples, texts: Examples, place: Ints) -> Examples:
+    """The examples, row k replaced by row `place[k]` of the texts where that is 0 or more."""
+    if (place < 0).all():
+        return examples
+    both = Examples(
+        tokens=np.concatenate([examples.tokens, texts.tokens]),
+        offsets=np.concatenate([examples.offsets, texts.offsets[1:] + examples.offsets[-1]]),
+        device_offsets=np.array([0, len(examples) + len(texts)], dtype=np.int64),
+        intent=_joined(examples.intent, texts.intent),
+        slots=_joined(examples.slots, texts.slots),
+    )
+    rows = np.where(place < 0, np.arange(len(examples)), len(examples) + place)
+    return replace(both.take(rows), device_offsets=examples.device_offsets)
+
+
+def _joined(
+    first: NDArray[np.int32] | None, second: NDArray[np.int32] | None
+) -> NDArray[np.int32] | None:
+    return None if first is None or second is None else np.concatenate([first, second])

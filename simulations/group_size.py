@@ -1,0 +1,104 @@
+"""How devices train: how many at once, and on stacked weights or one after another.
+
+Nobody knows beforehand what is fastest: tiny models want many devices in one tensor program, where
+calls cost more than arithmetic; large ones, and recurrent ones for which torch has fused kernels,
+want one device at a time, whose weights stay in the processor's cache. So the first groups are
+timed.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import nn
+
+from sottovoce.client.coins import has_dropout
+from sottovoce.client.errors import UnsupportedLayer
+from sottovoce.client.fleet import LocalTraining
+from sottovoce.privacy.gradients.grouping import refuse_unknown
+
+CANDIDATES = (1, 16, 32, 64)
+USUAL = 16
+TRIALS = 3
+GROUP_BYTES = 1 << 30  # about, of a group in training
+STACKS = 4  # of trainable weights: they, gradients, moves and noise
+KEPT_BYTES = 10  # in a forward pass, at each position, for each output of a linear layer
+FUSED = (nn.LSTM, nn.GRU, nn.RNN)
+
+ALONE = "alone"
+
+
+class Way(NamedTuple):
+    """How a group trains: by `GroupTrainer`'s engine of that name, or `LoneTrainer` where it is
+    "alone"; and how many devices it has.
+    """
+
+    engine: str
+    devices: int
+
+
+def largest_group(model: nn.Module, positions: int) -> int:
+    """Devices that a thread has room for at once, each with `positions` in a step's batch."""
+    own = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    widths = sum(getattr(m, "out_features", 0) for m in model.modules())
+    return max(1, GROUP_BYTES // max(1, own * STACKS + positions * widths * KEPT_BYTES))
+
+
+def possible_ways(
+    model: nn.Module, training: LocalTraining, engine: str, positions: int
+) -> list[Way]:
+    """All ways to train the model, the usual one first; `positions` of a step's batch.
+
+    Device by device is possible by plain SGD where no examples are clipped and no dropout mask
+    must follow from an example's own seed; it is usual for recurrent models, and the only way for
+    layers without a tracked form, for which UnsupportedLayer is raised where it is not possible.
+    """
+    if engine == "opacus":
+        return [Way(engine, 1)]
+    most = largest_group(model, positions)
+    sizes = [size for size in CANDIDATES if size <= most]
+    usual = min(USUAL, most)
+    ways = [Way(engine, size) for size in sorted(sizes, key=lambda size: size != usual)]
+    if training.example is not None or not training.plain or has_dropout(model):
+        return ways
+    alone = Way(ALONE, usual)
+    try:
+        refuse_unknown(model)
+    except UnsupportedLayer:
+        return [alone]
+    fused = any(type(module) in FUSED for module in model.modules())
+    return [alone, *ways] if fused else [*ways, alone]
+
+
+class GroupSize:
+    """The fastest of several ways to train a group, timed on the first ones.
+
+    With `fixed`, as in a seeded run, it is the first way, so that the run's last bits do not depend
+    on a clock.
+    """
+
+    def __init__(self, ways: list[Way], *, fixed: bool) -> None:
+        self._ways = ways
+        self.chosen: Way | None = ways[0] if fixed or len(ways) == 1 else None
+        self._trials = [way for way in ways for _ in range(TRIALS)]
+        self._seconds: dict[Way, list[float]] = {way: [] for way in ways}
+
+    @property
+    def devices(self) -> int:
+        """Devices of the largest group that may come."""
+        ways = self._ways if self.chosen is None else [self.chosen]
+        return max(way.devices for way in ways)
+
+    def next(self) -> Way:
+        """How the next group is to train."""
+        if self.chosen is not None:
+            return self.chosen
+        return self._trials.pop(0) if self._trials else self._ways[0]
+
+    def measured(self, way: Way, work: float, seconds: float) -> None:
+        """Note how long a group took for its `work`; a way's first group only warms it up."""
+        if self.chosen is not None or not work:
+            return
+        self._seconds[way].append(seconds / work)
+        if all(len(times) >= TRIALS for times in self._seconds.values()):
+            self.chosen = min(self._ways, key=lambda way: min(self._seconds[way][1:]))
