@@ -35,7 +35,8 @@ from sottovoce.server.report_tables import environment
 
 HERE = Path(__file__).parent
 BENCH = HERE.parents[1] / "shared" / "bench"
-ROUNDS = {"bag": 40, "lstm": 10, "lm": 8}
+ROUNDS = {"bag": 15, "lstm": 8, "lm": 4}
+COHORTS = {"bag": 1000, "lstm": 200, "lm": 200}
 SAME_LOSS = 1e-5
 NO_CHANCE = "--local-lr 0.5 --clip 0.2 --noise 0 --cohort 60 --warmup 1".split()
 
@@ -44,7 +45,7 @@ def shared_arguments(
     options: argparse.Namespace, model: str, users: int, workers: int
 ) -> list[str]:
     given = {
-        "--model": model, "--users": users, "--cohort": options.cohort, "--workers": workers,
+        "--model": model, "--users": users, "--cohort": options.cohort or COHORTS[model], "--workers": workers,
         "--warmup": options.warmup, "--seed": options.seed, "--data": options.data,
     }
     return [str(word) for pair in given.items() for word in pair]
@@ -114,7 +115,8 @@ def setting(
             report(f"{model}, {users} users, {workers} worker(s): pfl, {repeat + 1}")
             arms["pfl"].append(peers(options, python, model, users, workers, repeat))
     found: Figures = {
-        "model": model, "users": users, "workers": workers, "cohort": options.cohort,
+        "model": model, "users": users, "workers": workers,
+        "cohort": options.cohort or COHORTS[model],
         "rounds": rounds_of(options, model), "runs": {k: v for k, v in arms.items() if v},
     }
     return found | compared(arms, model)
@@ -160,7 +162,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--bench", type=Path, default=BENCH, help="folder of synth_users.py")
     parser.add_argument("--model", default="bag,lstm,lm")
     parser.add_argument("--users", type=numbers, default=[10_000, 1_000_000])
-    parser.add_argument("--cohort", type=int, default=200)
+    parser.add_argument("--cohort", type=int, help=f"devices a round; usual: {COHORTS}")
     parser.add_argument("--rounds", type=int, help=f"timed ones; usual: {ROUNDS}")
     parser.add_argument("--warmup", type=int, default=3, help="rounds before those")
     parser.add_argument("--repeats", type=int, default=3)

@@ -127,6 +127,7 @@ def settings(options: argparse.Namespace, rounds: int) -> DictConfig:
         "privacy.device.epsilon=null", f"privacy.device.noise_multiplier={options.noise}",
         f"population.devices={options.users}", "population.max_examples_per_round=64",
         f"cohort_size={options.cohort}", f"rounds={rounds}", f"run.evaluate_every={rounds}",
+        f"run.checkpoint_every={rounds}",  # the peer's run writes none
         f"run.workers={options.workers}", "run.report=false", "run.progress=false",
         *options.set,
     ]

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -48,7 +49,8 @@ class LoneTrainer:
         """As `GroupTrainer.train`; there is no noise."""
         devices = len(data.steps)
         origin = {
-            name: parameters[name][torch.from_numpy(data.touched)] if name == self.table
+            name: F.embedding(torch.from_numpy(data.touched), parameters[name])
+            if name == self.table
             else parameters[name].expand(devices, *parameters[name].shape)
             for name in self.parameters
         }

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -86,7 +87,8 @@ class GroupTrainer:
         """Local training of the group from the global `parameters`, in some round."""
         training, devices = self.training.at(server_round), len(data.steps)
         origin = {
-            name: parameters[name][torch.from_numpy(data.touched)] if name == self.table
+            name: F.embedding(torch.from_numpy(data.touched), parameters[name])
+            if name == self.table
             else parameters[name].expand(devices, *parameters[name].shape)
             for name in self.grouped.parameters
         }

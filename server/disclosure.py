@@ -45,7 +45,10 @@ METHODS = {
     "rdp": "Renyi differential privacy",
     "prv": "privacy loss random variables (upper bound): a cross-check, not a reference",
 }
-EXACT = "metrics and training figures, which are computed from private data without noise"
+EXACT = (
+    "metrics and training figures, counts of participations and costs among them, which are "
+    "computed from private data without noise"
+)
 HELD_OUT = ("figures measured on held-out devices, which never train, and what the run says of its "
             "population: both without noise")
 LEVELS_PUBLIC = (
@@ -53,9 +56,8 @@ LEVELS_PUBLIC = (
     "protected as long as its device's level stays the same without it. "
 )
 TAKEN_PART = (
-    "how often the busiest device of each activity level took part, round by round, which ledger "
-    "and example-level epsilon say exactly: whoever sees these must not be whom the device-level "
-    "epsilon protects from"
+    "participations of each activity level's busiest device: the ledger and the example-level "
+    "epsilon tell them exactly, which the device-level epsilon does not cover"
 )
 OUTSIDE = (
     "tuning: earlier runs on the same data",
@@ -85,7 +87,8 @@ def disclosure(
         "table": table,
         "covered": _covered(ledger),
         "not_covered": [
-            *_bare(ledger), *_told_apart(ledger), HELD_OUT if "private_metrics" in ledger.claims else EXACT, *OUTSIDE
+            *_bare(ledger), *_told_apart(ledger),
+            HELD_OUT if "private_metrics" in ledger.claims else EXACT, *OUTSIDE,
         ],
         "tuning": _tuning(ledger),
         "noise": str(ledger.claims.get("noise", "its source is not recorded")),

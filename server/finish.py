@@ -25,8 +25,8 @@ from sottovoce.server.setup import Setup
 from sottovoce.simulations.experiment import Experiment
 from sottovoce.strategies.samplers import Sampler
 
-NOT_METRICS = {"round", "period", "projection", "devices", "dropped", "examples", "seconds", "devices_by_level",
-               PARTIAL, *ABSENCES}
+NOT_METRICS = {"round", "period", "projection", "devices", "dropped", "examples", "seconds",
+               "devices_by_level", PARTIAL, *ABSENCES}
 
 
 def write_results(

@@ -9,7 +9,6 @@ privacy.csv, privacy.md and privacy.png.
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -107,15 +106,13 @@ def _what(results: Sequence[Result]) -> str:
     """What all runs share, and how to read the columns."""
     config = results[0].run.config
     codes, copies = setting(config, "audit.codes"), setting(config, "audit.code_copies")
-    seconds = [s for r in results if (s := r.run.summary.get("seconds"))]
-    spent = f" Training took {statistics.fmean(seconds):.0f} s a run." if seconds else ""
     return (
         f"Unit: {_unit(results)}. {config['rounds']} rounds, expected cohort "
         f"{config['cohort_size']}; {codes} code canaries, each said {copies} times by a device of "
         "its own. ε at least: the strongest lower bound by membership attacks that may be compared "
         "(95 %, all of a run together), and in brackets the most that a perfect attack on as many "
         "candidates proves. Digits: model inversion (tasks with labels). Exposure estimates "
-        "memorisation; p: of so much by chance. Absence of a finding is not proof." + spent
+        "memorisation; p: of so much by chance. Absence of a finding is not proof."
     )
 
 

@@ -68,10 +68,10 @@ def load_run(folder: Path) -> FinishedRun:
     population, participants = experiment.population, _participants(folder)
     codes: list[CodeCanary] = []
     codes_trained = None
-    population, participants = without_canary_devices(population, participants)
     canaries = canaries_in(population)
     if canaries is not None:
         population = canaries.base
+    population, participants = without_canary_devices(population, participants)
     inserted = codes_in(population)
     if inserted is not None:
         codes = load_canaries(folder / CODES_FILE)

@@ -25,7 +25,7 @@ from sottovoce.simulations.cohort import Draw
 from sottovoce.strategies.levels import activity_levels
 
 WANTED = 16  # blocks of a cohort, where they are not too small or too large
-LEAST = 32  # devices of a block: below, its own costs (a gathering, a sum) would show
+LEAST = 64  # devices of a block: below, its own costs (a gathering, a sum) would show
 LEAST_HEAVY = 8  # where one device's arithmetic dwarfs those
 LARGEST = 4  # times the least
 HEAVY = 20  # weights met in a step (each at every position), for one weight that is summed

@@ -24,7 +24,7 @@ from sottovoce.simulations.canary_texts import (
     unique_tokens,
     unused_words,
 )
-from sottovoce.simulations.code_population import without_codes
+from sottovoce.simulations.code_population import devices_of_the_source
 from sottovoce.simulations.population import Population
 
 Ints = NDArray[np.int64]
@@ -34,8 +34,8 @@ Ints = NDArray[np.int64]
 class _Held:
     """What a device with candidates holds: numbers of the population's, or a candidate's place.
 
-    `numbers`: (examples,) of the population beneath. `candidate`: (examples,) place of the
-    candidate that stands there, -1 where none does.
+    `numbers`: (examples,) of the population beneath, any where a candidate stands. `candidate`:
+    (examples,) place of the candidate that stands there, -1 where none does.
     """
 
     numbers: Ints
@@ -47,7 +47,8 @@ class CanaryPopulation(Population):
 
     `texts`: the candidates' examples, in the order of the slots; None where they are those at the
     slots. `words`: that texts need beyond those of `base`. A device that gave up examples has as
-    many fewer, and one more for each candidate that is in.
+    many fewer, and one more for each candidate that is in. A candidate without an example at its
+    slot comes after its device's.
     """
 
     def __init__(
@@ -63,8 +64,9 @@ class CanaryPopulation(Population):
         self.words = [*base.words, *words] if words else base.words
         self.held_out = base.held_out
         self.activity = np.array(base.activity)
-        out = slots.devices[~slots.coins]
-        np.subtract.at(self.activity, out, 1)
+        after = slots.numbers >= base.activity[slots.devices]
+        np.add.at(self.activity, slots.devices[after & slots.coins], 1)
+        np.subtract.at(self.activity, slots.devices[~after & ~slots.coins], 1)
         self._held = {int(d): self._holding(int(d)) for d in np.unique(slots.devices)}
 
     def examples(
@@ -127,11 +129,12 @@ class CanaryPopulation(Population):
 
     def _holding(self, device: int) -> _Held:
         mine = np.flatnonzero(self.slots.devices == device)
-        numbers = np.arange(int(self.base.activity[device]), dtype=np.int64)
+        size, places = int(self.base.activity[device]), self.slots.numbers[mine]
+        numbers = np.arange(max(size, int(places.max()) + 1), dtype=np.int64)
         candidate = np.full(len(numbers), -1, dtype=np.int64)
-        candidate[self.slots.numbers[mine]] = mine
-        absent = self.slots.numbers[mine[~self.slots.coins[mine]]]
-        return _Held(np.delete(numbers, absent), np.delete(candidate, absent))
+        candidate[places] = mine
+        absent = places[~self.slots.coins[mine]]
+        return _Held(np.delete(numbers, absent) % size, np.delete(candidate, absent))
 
 
 def with_canaries(
@@ -146,9 +149,14 @@ def with_canaries(
         return population, vocabulary
     if settings.seed is None:
         raise ConfigError("audit.seed is missing: set it, as `sottovoce simulate` does")
-    natural = without_codes(population)  # a device that says a code gives none of it up
-    slots = choose_slots(natural.activity, settings.number, settings.seed)
-    texts, words, kind = None, [], settings.canaries
+    natural = devices_of_the_source(population)  # those that an audit adds give nothing up
+    slots = choose_slots(
+        population.activity[:natural], settings.number, settings.seed,
+        append=settings.canaries != "natural",
+    )
+    texts: Examples | None = None
+    words: list[str] = []
+    kind = settings.canaries
     if kind == "unique_token":
         words, vocabulary = unused_words(vocabulary, population.words, len(slots))
         places = np.arange(len(words), dtype=np.int32) + len(population.words)
@@ -166,9 +174,10 @@ def canaries_in(population: Population) -> CanaryPopulation | None:
 
 
 def _at(population: Population, slots: Slots) -> Examples:
-    """The examples at the slots, as one device's."""
+    """The examples at the slots, as one device's; after a device's last its first, and so on."""
     devices, starts = np.unique(slots.devices, return_index=True)
-    found = population.examples(devices, np.split(slots.numbers, starts[1:]))
+    numbers = slots.numbers % population.activity[slots.devices].astype(np.int64)
+    found = population.examples(devices, np.split(numbers, starts[1:]))
     return replace(found, device_offsets=np.array([0, len(slots)], dtype=np.int64))
 
 

@@ -8,8 +8,8 @@ decides which of them are in: the others are never asked. What they hand over:
 
 `direction`  S times a unit vector of their own (`sottovoce.privacy.audit.directions`). Every second
              one hands over ten times as much, which clipping has to cut down to S.
-`text`       what the devices' own training makes of a few sentences of random words and labels,
-             which nobody else says: real local steps, clipping and noise.
+`text`       what the devices' own training makes of one sentence of random words and labels, which
+             nobody else says, over and over: real local steps, clipping and noise.
 
 Source: Andrew et al. 2024, arXiv:2302.03098 (direction).
 """
@@ -40,8 +40,9 @@ from sottovoce.simulations.population import Population
 from sottovoce.strategies.levels import MAX_LEVEL, activity_levels
 
 LOUD = 10.0  # clip norms that every second direction canary hands over before clipping
-SENTENCES = 4  # of a text canary, each said over and over
+SENTENCES = 1  # of a text canary, said over and over: few are learned better than many
 LENGTH = 6  # words of a sentence
+MOST = 1 << 20  # examples that a canary may have
 
 Ids = NDArray[np.int64]
 
@@ -133,20 +134,21 @@ class CanaryPopulation(Population):
         }
 
     def sentences(self, canaries: Ids, numbers: Sequence[Ids]) -> Examples:
-        """Sentences of the `canaries`, numbers modulo `SENTENCES`: random words, random labels."""
+        """What the `canaries` say, numbers modulo `SENTENCES`: random words with random labels."""
         sizes = np.array([len(some) for some in numbers], dtype=np.int64)
         owner = np.repeat(canaries, sizes)
         number = np.concatenate([np.zeros(0, np.int64), *numbers]).astype(np.int64) % SENTENCES
         key = stream(self.canaries.seed, "canary sentences")
         each = draws(draws(key, owner), number)
         bits = draws(each[:, None], np.arange(LENGTH))
-        words, rest = integers_below(bits, len(self.words))
+        words, _ = integers_below(bits, len(self.words))
         intent = slots = None
         if self.schema.intents:
             labels = integers_below(draws(each, LENGTH), len(self.schema.intents))[0]
             intent = labels.astype(np.int32)
         if self.schema.slots:
-            slots = integers_below(rest, 1)[0].astype(np.int32).reshape(-1)
+            tags = integers_below(draws(bits, 1), len(self.schema.slots))[0]
+            slots = tags.astype(np.int32).reshape(-1)
         return Examples(
             words.astype(np.int32).reshape(-1),
             np.arange(len(owner) + 1, dtype=np.int64) * LENGTH,
@@ -168,6 +170,10 @@ def with_device_canaries(
     kind, activity = settings["canary_kind"], settings["canary_activity"]
     if kind not in KINDS:
         raise ConfigError(f"audit.canary_kind={kind} is unknown: choose {' or '.join(KINDS)}")
+    if count < 0:
+        raise ConfigError(f"audit.device_canaries={count} must be at least 0")
+    if activity is not None and not 1 <= activity <= MOST:
+        raise ConfigError(f"audit.canary_activity={activity} must be from 1 to {MOST}")
     if activity is None:
         level = int(activity_levels(np.array([population.activity.max()]))[0])
         activity = 1 << level

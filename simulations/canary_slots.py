@@ -3,6 +3,7 @@
 A candidate takes the place of one training example of a device. It is put there or nothing is, by
 a fair coin of its own. A device gives up no more examples than its activity level can spare, so
 that its level, and with it sampling, local steps and Poisson rates, is the same whatever the coins.
+Where that is too few, candidates also come after a device's examples, as many as its level bears.
 Steinke, Nasr, Jagielski 2023, arXiv:2305.08846.
 """
 
@@ -27,7 +28,8 @@ Ints = NDArray[np.int64]
 class Slots:
     """The candidates, by device: number `numbers[i]` of device `devices[i]` gives way to i.
 
-    `devices`, `numbers`: (candidates,) int64, sorted by both. `seed`: of the coins.
+    `devices`, `numbers`: (candidates,) int64, sorted by both; a number that the device has no
+    example for is after them. `seed`: of the coins.
     """
 
     devices: Ints
@@ -54,27 +56,33 @@ def coin(seed: int, candidate: int) -> bool:
     return bool(hashlib.blake2b(name, key=key, digest_size=1).digest()[0] & 1)
 
 
-def choose_slots(activity: NDArray[np.unsignedinteger[Any]], number: int, seed: int) -> Slots:
-    """`number` slots, any that a level can spare as likely as any other.
+def choose_slots(
+    activity: NDArray[np.unsignedinteger[Any]], number: int, seed: int, *, append: bool = False
+) -> Slots:
+    """`number` slots, any that a level has room for as likely as any other.
 
-    Raises ConfigError where devices can spare fewer.
+    `append`: also after a device's examples, where they can give up too few. Raises ConfigError
+    where there is room for fewer.
     """
-    spare = activity.astype(np.int64) - (np.int64(1) << activity_levels(activity).astype(np.int64))
-    ends = np.cumsum(spare)
+    least = np.int64(1) << activity_levels(activity).astype(np.int64)
+    spare = activity - least
+    free = np.maximum(2 * least - 1 - activity, 0)
+    ends = np.cumsum(spare + free if append and number > spare.sum() else spare)
     room = int(ends[-1]) if len(ends) else 0
     if number > room:
         raise ConfigError(
-            f"audit.number={number} is more than the {room} examples that devices can give up "
-            "within their activity levels: lower it"
+            f"audit.number={number} is more than the {room} that devices have room for within "
+            f"their activity levels: lower it{'' if append else ', or choose mislabelled'}"
         )
     chosen = np.sort(_distinct(stream(seed, "canary devices"), number, room))
     owner = np.searchsorted(ends, chosen, side="right")
     devices, counts = np.unique(owner, return_counts=True)
     keys = draws(stream(seed, "canary places"), devices)
-    numbers = [
-        np.sort(np.argsort(draws(key, np.arange(activity[device])), kind="stable")[:count])
-        for device, count, key in zip(devices, counts, keys, strict=True)
-    ]
+    numbers = []
+    for device, count, key in zip(devices.tolist(), counts.tolist(), keys, strict=True):
+        size, given = int(activity[device]), min(count, int(spare[device]))
+        order = np.argsort(draws(key, np.arange(size)), kind="stable")
+        numbers.append(np.append(np.sort(order[:given]), size + np.arange(count - given)))
     return Slots(owner.astype(np.int64), np.concatenate(numbers).astype(np.int64), seed)
 
 

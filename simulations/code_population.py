@@ -173,6 +173,12 @@ def codes_in(population: Population) -> CodePopulation | None:
     return layer if layer is not None and layer.canaries else None
 
 
+def devices_of_the_source(population: Population) -> int:
+    """How many devices are not an audit's own: the first ones."""
+    base: Population | None = getattr(population, "base", None)
+    return len(population) if base is None else devices_of_the_source(base)
+
+
 def without_codes(population: Population) -> Population:
     """`population` without the devices of code canaries; words and other canaries stay."""
     codes = codes_in(population)

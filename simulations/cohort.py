@@ -104,15 +104,35 @@ def chunks(population: Population, task: Task, draws: list[Draw], size: int) -> 
         part = draws[start : start + size]
         owner, step, number = _flat(part)
         span = int(number.max(initial=0)) + 1
-        keys, row = np.unique(owner * span + number, return_inverse=True)
+        keys, row = _different(owner * span + number)
         starts = np.searchsorted(keys, np.arange(len(part) + 1) * span)
         numbers = np.split(keys % span, starts[1:-1])
         ids = np.array([draw.device for draw in part], dtype=np.int64)
         batch = with_null_row(task.collate(population.examples(ids, numbers)))
-        order = np.lexsort((batch["lengths"].numpy()[row], step, owner))
+        order = _sorted_by(owner, step, batch["lengths"].numpy()[row], row)
         visits = Visits(owner[order], step[order], row[order])
         of = np.searchsorted(visits.owner, np.arange(len(part) + 1))
         yield Chunk(part, numbers, batch, starts, visits, of)
+
+
+def _sorted_by(*columns: Ints) -> Ints:
+    """Order of the rows of `columns`, the first one counting most: all are 0 or more."""
+    key, size = np.zeros(len(columns[0]), dtype=np.int64), 1
+    for column in columns:
+        span = int(column.max(initial=0)) + 1
+        key, size = key * span + column, size * span
+    return np.argsort(key) if size < 1 << 62 else np.lexsort(columns[::-1])
+
+
+def _different(keys: Ints) -> tuple[Ints, Ints]:
+    """The different keys, sorted, and the place of each key among them."""
+    order = np.argsort(keys)
+    ordered = keys[order]
+    first = np.ones(len(keys), dtype=bool)
+    np.not_equal(ordered[1:], ordered[:-1], out=first[1:])
+    row = np.empty(len(keys), dtype=np.int64)
+    row[order] = np.cumsum(first) - 1
+    return ordered[first], row
 
 
 def _flat(draws: list[Draw]) -> tuple[Ints, Ints, Ints]:

@@ -17,10 +17,10 @@ from sottovoce.client.errors import UnsupportedLayer
 from sottovoce.client.fleet import LocalTraining
 from sottovoce.privacy.gradients.grouping import refuse_unknown
 
-CANDIDATES = (1, 16, 32, 64)
+CANDIDATES = (1, 16, 32, 64, 128)
 USUAL = 16
 TRIALS = 3
-GROUP_BYTES = 1 << 30  # about, of a group in training
+GROUP_BYTES = 1 << 28  # about, of a group in training
 STACKS = 4  # of trainable weights: they, gradients, moves and noise
 KEPT_BYTES = 10  # in a forward pass, at each position, for each output of a linear layer
 FUSED = (nn.LSTM, nn.GRU, nn.RNN)

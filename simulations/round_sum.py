@@ -118,7 +118,7 @@ class RoundSum:
         self.totals["loss"] += updates.loss
         self.totals["clipped_examples"] += updates.clipped_examples
         self.totals["clipped_devices"] += int(updates.clipped[:here][keep].sum())
-        self.totals["norm"] += float(updates.norms[:here][keep].sum())
+        self.totals["norm"] += float(updates.norms[:here][keep].double().sum())
 
     def reply(self, generator: np.random.Generator) -> FleetReply:
         """The finished sum in float32. `generator`: source of the untouched rows' noise."""

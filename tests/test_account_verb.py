@@ -17,6 +17,7 @@ from sottovoce.privacy.mechanisms.correlated import CorrelatedMechanism
 from sottovoce.privacy.mechanisms.optimised import make_factorisation
 from sottovoce.privacy.mechanisms.separation import Schedule
 from sottovoce.server.account import AccountConfig, account, run_account
+from sottovoce.server.disclosure import disclosure
 
 PLAN = {"noise_multiplier": 1.0, "sampling_rate": 0.01, "steps": 1000, "delta": 1e-5}
 RATES = {0: 0.001, 3: 0.01, 6: 0.02}
@@ -170,8 +171,21 @@ def test_a_statement_is_a_paragraph_and_its_facts(
                   "No guarantee (epsilon is infinite) holds for devices against fleet",
                   "sums before central noise, which server sees without noise", "Tuning: ",
                   "Activity levels, the powers of two that devices report, are taken as public",
-                  "dp-accounting", "below 1/devices", "Poisson-sampled as run"):
+                  "dp-accounting", "below 1/devices", "Poisson-sampled as run",
+                  "busiest device: the ledger and the example-level epsilon tell them exactly"):
         assert words in paragraph, words
+
+
+def test_a_statement_of_one_unit_has_no_other_units_participations_to_disclose() -> None:
+    entries = ((3, 0.25, 4), (5, 0.125, 4))
+    example = GaussianEvent(
+        noise_multiplier=1.0, sampling="poisson", by_level=entries, unit="example",
+        observer="server",
+    )
+    device = replace(example, unit="device", observer="release")
+    for events, told in (([example], False), ([device], False), ([device, example], True)):
+        facts = disclosure(Ledger(events, deltas={event.unit: 1e-5 for event in events}))
+        assert any("busiest device" in line for line in facts["not_covered"]) == told
 
 
 def test_a_statement_of_correlated_noise_names_its_schedule(tmp_path: Path) -> None:

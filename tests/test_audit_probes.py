@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from omegaconf import OmegaConf
-from small_runs import run
+from small_runs import SMALL, run
 
 from sottovoce.client.errors import ConfigError, DataError
 from sottovoce.client.examples import Examples
@@ -26,13 +26,16 @@ from sottovoce.server.runs import load_run
 from sottovoce.server.settings import compose
 from sottovoce.server.setup import settings_text
 from sottovoce.simulations.assistant import AssistantPopulation
+from sottovoce.simulations.canaries import canaries_in
 from sottovoce.simulations.code_population import (
     CODES_FILE,
     CodePopulation,
     codes_in,
+    devices_of_the_source,
     with_codes,
     without_codes,
 )
+from sottovoce.simulations.experiment import build_experiment
 from sottovoce.strategies.levels import activity_levels
 
 CODES, COPIES = 3, 7
@@ -127,6 +130,18 @@ def test_codes_follow_from_the_settings_and_none_means_none() -> None:
     assert with_codes(base, {"codes": 0, "code_copies": 3, "seed": 1}) is base
     with pytest.raises(ConfigError, match=r"audit.codes=1000.*at most 676"):
         with_codes(base, {"codes": 1000, "code_copies": 3, "seed": 1})
+
+
+def test_all_kinds_of_canaries_go_together_and_touch_the_source_s_devices_alone() -> None:
+    config = compose([
+        *SMALL, "audit.codes=2", "audit.canaries=mislabelled", "audit.number=20",
+        "audit.device_canaries=4", "audit.seed=1", "seed=1",
+    ])
+    whole = build_experiment(settings_text(config)).population
+    codes, examples = codes_in(whole), canaries_in(whole)
+    assert codes is not None and codes.devices == slice(100, 102)
+    assert examples is not None and (examples.slots.devices < 100).all()
+    assert devices_of_the_source(whole) == 100 and len(whole) == 106
 
 
 def test_a_run_keeps_the_seed_of_its_canaries() -> None:

@@ -69,7 +69,9 @@ def _with(
 
 
 def _jsonl(folder: Path, index: str | None) -> JsonlPopulation:
-    rows = [f'{{"user_id": "u{i % 40}", "text": "words {i} of {i % 7} users"}}' for i in range(900)]
+    rows = [
+        f'{{"user_id": "u{i * i % 41}", "text": "words {i} of {i % 7} users"}}' for i in range(900)
+    ]
     path = folder / "data.jsonl"
     path.write_text("\n".join(rows) + "\n")
     return JsonlPopulation(path, index=index)
@@ -98,18 +100,23 @@ def test_slots_do_not_depend_on_what_devices_hold() -> None:
     assert (first.numbers < activity[first.devices]).all()
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_levels_do_not_depend_on_the_coins_even_when_every_slot_is_taken(seed: int) -> None:
-    spare = BASE.activity.astype(int) - (1 << activity_levels(BASE.activity).astype(int))
-    population = _with("natural", number=int(spare.sum()), seed=seed)
-    assert (activity_levels(population.activity) == activity_levels(BASE.activity)).all()
-    given = np.bincount(population.slots.devices, minlength=len(BASE))
-    assert (activity_levels(BASE.activity - given) == activity_levels(BASE.activity)).all()
-
-
-def test_more_canaries_than_levels_can_spare_are_refused() -> None:
-    with pytest.raises(ConfigError, match="audit.number=100000 is more than the"):
-        choose_slots(BASE.activity, 100_000, 0)
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("append", [False, True])
+def test_levels_do_not_depend_on_the_coins_even_when_every_slot_is_taken(
+    seed: int, append: bool
+) -> None:
+    activity, levels = BASE.activity.astype(int), activity_levels(BASE.activity)
+    room = 2 ** levels.astype(int) - 1 if append else activity - 2 ** levels.astype(int)
+    slots = choose_slots(BASE.activity, int(room.sum()), seed, append=append)
+    after = slots.numbers >= activity[slots.devices]
+    assert after.any() == append
+    for most, few in ((activity, slots.devices[~after]), (activity, slots.devices[:0])):
+        most = most + np.bincount(slots.devices[after], minlength=len(BASE))
+        fewest = activity - np.bincount(few, minlength=len(BASE))
+        assert (activity_levels(most) == levels).all()
+        assert (activity_levels(fewest) == levels).all()
+    with pytest.raises(ConfigError, match="room for within"):
+        choose_slots(BASE.activity, int(room.sum()) + 1, seed, append=append)
 
 
 # -- what devices hold -----------------------------------------------------------------------------
@@ -122,7 +129,7 @@ def test_a_candidate_is_in_one_device_once_or_nowhere(
 ) -> None:
     index = str(tmp_path / "index") if source == "index" else None
     base = BASE if source == "assistant" else _jsonl(tmp_path, index)
-    population = _with(kind, base)
+    population = _with(kind, base, number=100 if kind == "natural" else 500)
     slots, candidates = population.slots, _texts(population, population.candidates())
     every = np.arange(len(base))
     taken = {*zip(slots.devices.tolist(), slots.numbers.tolist(), strict=True)}
@@ -219,8 +226,8 @@ def test_training_reads_who_is_in_and_nobody_who_is_out() -> None:
     text = settings_text(compose([
         "population.devices=30", "population.held_out_devices=2", "privacy=none",
         "model.embedding_size=4", "model.hidden_size=4", "audit.canaries=unique_token",
-        "audit.number=60", "audit.seed=1", "cohort_size=20", "strategy.local_epochs=1", "strategy.max_rate=1",
-        "population.max_examples_per_round=10000",
+        "audit.number=60", "audit.seed=1", "cohort_size=20", "strategy.max_rate=1",
+        "strategy.local_epochs=1", "population.max_examples_per_round=10000",
     ]))
     experiment = build_experiment(text)
     watched = Watched(cast(CanaryPopulation, experiment.population))
@@ -240,10 +247,10 @@ def test_training_reads_who_is_in_and_nobody_who_is_out() -> None:
 CANARIES = ("audit.canaries=mislabelled", "seed=5")
 
 
-def test_a_resumed_run_with_canaries_equals_one_that_never_stopped(tmp_path: Path) -> None:
-    plain = [*CANARIES, "audit.number=100", "rounds=2"]
-    run(tmp_path / "whole", *plain)
-    run_until_killed(tmp_path / "cut", *plain, at=1)
+def test_a_resumed_run_equals_one_with_workers_that_never_stopped(tmp_path: Path) -> None:
+    plain = [*CANARIES, "audit.number=100", "rounds=2", "cohort_size=8"]
+    run(tmp_path / "whole", *plain, "run.workers=2")
+    run_until_killed(tmp_path / "cut", *plain, "run.workers=1", at=1)
     assert resume(tmp_path / "cut") == 0
     assert model(tmp_path / "cut") == model(tmp_path / "whole")
 
@@ -292,7 +299,7 @@ def memorised(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "strategy.max_rate=1", "population.devices=4", "cohort_size=4", "audit.number=200",
         "population.mu=5.3", "population.sigma=0.1", "population.max_examples_per_round=1000",
         "strategy.device_optimizer=adam", "strategy.learning_rate=0.02",
-        "strategy.local_epochs=8", "rounds=2", "run.workers=1", "run.evaluate_every=2",
+        "strategy.local_epochs=12", "rounds=1", "strategy.batch_size=16", "run.workers=1",
         "model.hidden_size=24", "model.embedding_size=16",
     )
     return folder

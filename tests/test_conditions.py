@@ -347,6 +347,10 @@ def test_a_noise_cohort_has_the_epsilon_and_noise_of_the_large_one_and_says_so(
     assert max(trained) < 20
     summary = summary_of(tmp_path / "small")
     assert any("does not have this epsilon" in line for line in summary["warnings"])
+    assert summary["projection"] == {"cohort_size": 5, "noise_cohort_size": 50}
+    assert all(r["projection"] is True for r in metrics(tmp_path / "small"))
+    assert not any("projection" in r for r in metrics(tmp_path / "large"))
+    assert "projection" not in summary["metrics"]
     assert "does not have this ε" in summary["statement"]
     facts = of_run(AccountConfig(), tmp_path / "small")
     assert "does not have this ε" in facts["projection"]

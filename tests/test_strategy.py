@@ -356,6 +356,15 @@ def test_a_reply_is_read_in_the_order_of_the_model(order: list[str]) -> None:
     assert list(read_reply(reply_content(reply), PARAMETERS).sums) == list(PARAMETERS)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_total_that_is_not_finite_moves_neither_sums_nor_clip_norm(value: float) -> None:
+    reply = honest(np.array([1, 2]), 0)
+    reply.totals |= {"clipped_devices": value, "late": value}
+    found = read_reply(reply_content(reply), PARAMETERS)
+    assert found.totals["clipped_devices"] == found.totals["late"] == 0.0
+    assert all(bool((found.sums[name] == reply.sums[name]).all()) for name in PARAMETERS)
+
+
 # -- what is written down --------------------------------------------------------------------------
 
 

@@ -65,13 +65,17 @@ def audit_run(
         for attack in ATTACKS.values()
         if attack.optional and attack not in attacks and attack.name not in skipped
     }
+    if canaries_of(run) is None:
+        ours = {attack.name for attack in CANARY_ATTACKS}
+        skipped = {name: why for name, why in skipped.items() if name not in ours}
     if record_of_run(run) is None:  # no attack on canary devices was to be expected
         skipped = {name: why for name, why in skipped.items() if name not in DEVICE_NAMES}
     skipped |= lacking | {probe.name: why for probe in probes if (why := probe.missing(run))}
     if not attacks and not probes:
         reasons = "; ".join(dict.fromkeys(skipped.values()))
         raise RunError(f"{folder} cannot be attacked: {reasons}")
-    claims, notes = read_claims(run.ledger, run.summary, epsilon), []
+    claims = read_claims(run.ledger, run.summary, epsilon)
+    notes: list[str] = []
     if canaries_of(run) is not None:
         claims, notes = implied_claims(claims)
     material = Material(run, devices=cfg.devices, seed=cfg.seed, references=cfg.reference_models)

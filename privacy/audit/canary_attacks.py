@@ -96,7 +96,8 @@ def offline_lira(view: CanaryView) -> Scores:
     found = [losses(view.task, m, view.candidates) for m in view.shadows.models]
     outside = np.stack([_logit(values) for values in found])
     spread = np.sqrt(np.mean(np.var(outside, axis=0))) if len(outside) > 1 else np.std(outside)
-    return (_logit(view.final) - outside.mean(axis=0)) / max(float(spread), LEAST_PROBABILITY)
+    above: Scores = _logit(view.final) - outside.mean(axis=0)
+    return above / max(float(spread), LEAST_PROBABILITY)
 
 
 def least_expected(view: CanaryView) -> Scores:

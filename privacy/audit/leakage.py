@@ -42,10 +42,10 @@ class Leakage:
     p_value: float | None = None
     confidence: float = 0.95
     seconds: float = 0.0
-    cost: str = ""
     rows: tuple[Mapping[str, Any], ...] = ()
     note: str = ABSENCE
     not_applicable: str | None = None
+    cost: str = ""
 
     @property
     def value(self) -> float | None:

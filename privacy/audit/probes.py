@@ -153,4 +153,5 @@ def carried_out(probe: Probe, run: FinishedRun, *, seed: int, confidence: float)
     """What a probe found, with its cost and the seconds that all of it took."""
     started = time.perf_counter()
     found = probe.measure(run, seed=seed, confidence=confidence)
-    return replace(found, cost=probe.cost, seconds=time.perf_counter() - started)
+    seconds = max(found.seconds, time.perf_counter() - started)
+    return replace(found, cost=probe.cost, seconds=seconds)

@@ -22,9 +22,11 @@ class AuditConfig:
 
     Of a run, `attacks`: "default" or names from `ATTACKS`; `devices`: at most so many members and
     non-members each; `reference_models`: to train for attacks on example canaries that compare with
-    some (0: those are left out); `without`: the same run without canaries, for what they cost. Of scores, `unit` and `observer` of the claim that they are held against,
-    `claim_epsilon` at `delta` (null: none is claimed), `coins`: whether each candidate was put in
-    by a fair coin of its own; `mechanism`: gaussian where it is known to be one without sampling.
+    some (0: those are left out); `without`: the same run without canaries, for what they cost.
+
+    Of scores, `unit` and `observer` of the claim that they are held against, `claim_epsilon` at
+    `delta` (null: none is claimed), `coins`: whether each candidate was put in by a fair coin of
+    its own; `mechanism`: gaussian where it is known to be one without sampling.
 
     `guesses`: shares of the candidates to call members, and as many non-members, declared before
     any score was seen; null: a share `holdout` of them chooses. `seed` draws candidates, coins and

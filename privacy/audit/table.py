@@ -107,7 +107,9 @@ def audit_notes(audit: Audit) -> list[str]:
     notes += [_sentence(note) for note in dict.fromkeys(r.attack.note for r in audit.results)]
     notes += [_exchange(claim) for claim in audit.claims if _is_exchanged(audit, claim)]
     notes += [f"{r.attack.name}: not compared, {r.invalid}." for r in audit.results if r.invalid]
-    notes += [f"{name}: left out, {why}." for name, why in audit.skipped.items()]
+    for why in dict.fromkeys(audit.skipped.values()):
+        names = ", ".join(name for name, reason in audit.skipped.items() if reason == why)
+        notes.append(f"{names}: left out, {why}.")
     return notes
 
 

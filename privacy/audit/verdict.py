@@ -82,7 +82,7 @@ def judge_claim(
     refuting = [check for check in broken if check.violates]
     if refuting:
         return Judgement(Verdict.VIOLATION, f"what the claim rests on is refuted: {refuting[0]}")
-    if not mine:
+    if not mine and not broken:
         return Judgement(Verdict.INCONCLUSIVE, f"no attack per {claim.unit} was run")
     sound = [one for one in (_against(claim, finding) for finding in mine) if one is not None]
     worst = max(sound, key=lambda one: one.bound.epsilon - one.claimed, default=None)

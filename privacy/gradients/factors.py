@@ -301,8 +301,8 @@ def descend(factors: list[Factor], weights: Tensor, rate: float) -> None:
         elif isinstance(factor, (OneHot, Bag)):
             words = factor if isinstance(factor, OneHot) else factor.as_onehot()
             rows = words.flat_index(shape, groups)
-            values = wide(words.g).reshape(-1, shape[1])
-            weights.view(groups * shape[0], shape[1]).index_add_(0, rows, values, alpha=-rate)
+            values = (wide(words.g) * -rate).reshape(-1, shape[1])  # alpha would be far slower
+            weights.view(groups * shape[0], shape[1]).index_add_(0, rows, values)
         else:
             weights.sub_(factor.scaled_sum(None, shape, groups), alpha=rate)
 
