@@ -45,7 +45,8 @@ def shared_arguments(
     options: argparse.Namespace, model: str, users: int, workers: int
 ) -> list[str]:
     given = {
-        "--model": model, "--users": users, "--cohort": options.cohort or COHORTS[model], "--workers": workers,
+        "--model": model, "--users": users, "--cohort": options.cohort or COHORTS[model],
+        "--workers": workers,
         "--warmup": options.warmup, "--seed": options.seed, "--data": options.data,
     }
     return [str(word) for pair in given.items() for word in pair]

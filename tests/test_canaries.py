@@ -299,7 +299,7 @@ def memorised(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "strategy.max_rate=1", "population.devices=4", "cohort_size=4", "audit.number=200",
         "population.mu=5.3", "population.sigma=0.1", "population.max_examples_per_round=1000",
         "strategy.device_optimizer=adam", "strategy.learning_rate=0.02",
-        "strategy.local_epochs=12", "rounds=1", "strategy.batch_size=16", "run.workers=1",
+        "strategy.local_epochs=8", "rounds=2", "run.workers=1",
         "model.hidden_size=24", "model.embedding_size=16",
     )
     return folder

@@ -276,15 +276,17 @@ def test_directions_without_noise_are_told_apart_and_texts_are_scored(tmp_path: 
     common = ("privacy=none", "audit.device_canaries=40", "strategy=fedavg", "cohort_size=70",
               "strategy.sampler=uniform", "audit.canary_activity=16", "seed=5", "rounds=3",
               "privacy.device.clip_norm=20")
-    for kind, attack in (("direction", "canary_device_rounds"), ("text", "canary_device_loss")):
+    for kind, attack in (("direction", "canary_device_known"), ("text", "canary_device_loss")):
         assert run(tmp_path / kind, *common, f"audit.canary_kind={kind}") == 0
         run_audit(AuditConfig(
             run=str(tmp_path / kind), attacks=[attack], format="json", output=str(tmp_path)
         ))
         found = json.loads((tmp_path / "audit.json").read_text())
         assert found["verdict"] == "INCONCLUSIVE", "nothing is claimed"
-        inside = load_record(tmp_path / kind).inside  # type: ignore[union-attr]
-        assert found["attacks"][0]["n_members"] == inside.sum()
+        record = load_record(tmp_path / kind)
+        assert record is not None
+        scored = record.drawn.any(axis=0) if kind == "direction" else np.ones(40, dtype=bool)
+        assert found["attacks"][0]["n_members"] == (record.inside & scored).sum()
         assert found["attacks"][0]["auc"] > (0.9 if kind == "direction" else 0.2)
         assert found["attacks"][0]["relation"] == "add_remove"
 

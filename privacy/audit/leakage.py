@@ -10,12 +10,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from scipy import stats
 
 from sottovoce.privacy.audit.bounds import binomial_interval
-from sottovoce.privacy.audit.material import FinishedRun
+
+if TYPE_CHECKING:
+    from sottovoce.privacy.audit.material import FinishedRun
 
 ABSENCE = "absence of a finding is not proof: another attack may find what this one did not"
 
