@@ -75,14 +75,17 @@ def test_nodes_together_train_the_model_that_one_trains(
             assert a.get(key) == b.get(key)
 
 
-def test_with_noise_on_devices_nodes_differ_only_in_rows_that_devices_never_touched(
+def test_with_noise_on_devices_nodes_differ_only_in_what_is_drawn_for_their_sums(
     tmp_path: Path,
 ) -> None:
-    """Each fleet draws the noise of such rows for its own sum: the same in distribution only."""
-    one, two = (trained(tmp_path / str(n), n, "privacy=both rounds=1") for n in (1, 2))
-    apart = difference(one.model, two.model)
-    assert apart.pop(TABLE) > 1e-4
-    assert max(apart.values()) < 1e-6
+    """Noise that no device's training sees: the same in distribution only, and in proportion."""
+    apart = []
+    for multiplier in (1.0, 0.001):
+        words = f"privacy=both rounds=1 privacy.example.noise_multiplier={multiplier}"
+        one, two = (trained(tmp_path / f"{multiplier}-{n}", n, words) for n in (1, 2))
+        apart.append(difference(one.model, two.model))
+    for name, much in apart[0].items():
+        assert much > 1e-5 and apart[1][name] < 0.01 * much + 1e-6, name
 
 
 def test_a_folder_handed_over_gives_the_run_that_overrides_give(tmp_path: Path) -> None:

@@ -195,7 +195,7 @@ class Bag:
         """Each row's sum of weights for each word, (groups, rows of one, V)."""
         index = self.index.view(groups, -1, self.index.shape[1])
         if self.share is None:
-            share = self.g.new_full((), 1 / index.shape[2], dtype=torch.float32).expand(index.shape)
+            share = wide(self.g).new_full((), 1 / index.shape[2]).expand(index.shape)
         else:
             share = wide(self.share).view(index.shape)
         return share.new_zeros((*index.shape[:2], shape[0])).scatter_add_(2, index, share)
