@@ -71,7 +71,9 @@ class GroupTrainer:
         lends: bool = False,
     ) -> None:
         self.task, self.training, self.engine = task, training, engine
-        self.grouped, self._backward = prepared(model, devices, engine)
+        # Its stacks take the size of whichever devices train: none need be kept for all of them.
+        most = 1 if engine == "grouped" else devices
+        self.grouped, self._backward = prepared(model, most, engine)
         self.table, self.table_input = sparse_table(model, training)
         self.lends = lends and training.linear
         example, size = training.example, training.plan.batch_size
@@ -110,6 +112,7 @@ class GroupTrainer:
             thresholds.move()
             descent.step(number, gradients, drawn, deviation)
         norms, finite = descent.finish()
+        self._let_go(parameters)
         return LocalUpdates(
             descent.signal, descent.noise, finite, norms, descent.clipped,
             tally.losses, tally.visits, tally.clipped, steps.owed(training),
@@ -132,6 +135,12 @@ class GroupTrainer:
             own = place.weights[name][: place.here]
             own = own if chosen is None else own[torch.from_numpy(chosen)]
             parameter.data = own[0] if count == 1 and not stacks else own
+
+    def _let_go(self, parameters: Tensors) -> None:
+        """Hold on to no device's weights between groups."""
+        if self.engine == "grouped" and not self.grouped.freezes_stacks:
+            for name, parameter in self.grouped.parameters.items():
+                parameter.data = parameters[name]
 
     def _descend(self, data: GroupData, now: Part, place: _Place, tally: _Tally) -> bool:
         """Take a whole step without building gradients, where that is possible."""

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from sottovoce.client.batches import BatchPlan
 from sottovoce.privacy.mechanisms.philox import WORDS, Words, philox
 
-AT_ONCE = 1 << 20  # words in memory
+AT_ONCE = 1 << 16  # words in memory, several times over
 PASS_BITS = np.uint64(24)  # of a sorting key, for at most so many passes of all devices
 
 Ints = NDArray[np.int64]

@@ -23,6 +23,7 @@ TRIALS = 3
 GROUP_BYTES = 1 << 28  # about, of a group in training
 STACKS = 4  # of trainable weights: they, gradients, moves and noise
 KEPT_BYTES = 10  # in a forward pass, at each position, for each output of a linear layer
+GATES = 8  # numbers that a recurrent layer keeps for each of its hidden units
 FUSED = (nn.LSTM, nn.GRU, nn.RNN)
 
 ALONE = "alone"
@@ -40,7 +41,8 @@ class Way(NamedTuple):
 def largest_group(model: nn.Module, positions: int) -> int:
     """Devices that a thread has room for at once, each with `positions` in a step's batch."""
     own = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    widths = sum(getattr(m, "out_features", 0) for m in model.modules())
+    widths = sum(getattr(m, "out_features", GATES * getattr(m, "hidden_size", 0))
+                 for m in model.modules())
     return max(1, GROUP_BYTES // max(1, own * STACKS + positions * widths * KEPT_BYTES))
 
 
@@ -56,7 +58,7 @@ def possible_ways(
     if engine == "opacus":
         return [Way(engine, 1)]
     most = largest_group(model, positions)
-    sizes = [size for size in CANDIDATES if size <= most]
+    sizes = sorted({min(size, most) for size in CANDIDATES})
     usual = min(USUAL, most)
     ways = [Way(engine, size) for size in sorted(sizes, key=lambda size: size != usual)]
     if training.example is not None or not training.plain or has_dropout(model):
