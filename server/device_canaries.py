@@ -26,6 +26,7 @@ from sottovoce.strategies.samplers import Sampler
 
 COINS = "device canary coins"
 
+
 def canary_watch(
     experiment: Experiment, source: NoiseSource, divisor: float
 ) -> CanaryWatch | None:

@@ -26,6 +26,7 @@ from sottovoce.simulations.canary_texts import (
 )
 from sottovoce.simulations.code_population import devices_of_the_source
 from sottovoce.simulations.population import Population
+from sottovoce.simulations.population_layers import PopulationLayer
 
 Ints = NDArray[np.int64]
 
@@ -42,7 +43,7 @@ class _Held:
     candidate: Ints
 
 
-class CanaryPopulation(Population):
+class CanaryPopulation(PopulationLayer):
     """`base` with the candidates whose coin fell so, in the place of the examples at `slots`.
 
     `texts`: the candidates' examples, in the order of the slots; None where they are those at the
@@ -59,10 +60,9 @@ class CanaryPopulation(Population):
         texts: Examples | None,
         words: Sequence[str] = (),
     ) -> None:
-        self.base, self.slots, self.kind, self._texts = base, slots, kind, texts
-        self.name, self.schema, self.public_words = base.name, base.schema, base.public_words
+        super().__init__(base)
+        self.slots, self.kind, self._texts = slots, kind, texts
         self.words = [*base.words, *words] if words else base.words
-        self.held_out = base.held_out
         self.activity = np.array(base.activity)
         after = slots.numbers >= base.activity[slots.devices]
         np.add.at(self.activity, slots.devices[after & slots.coins], 1)
@@ -102,22 +102,6 @@ class CanaryPopulation(Population):
                 given = self.slots.numbers[self.slots.devices == device]
                 kept[k] = np.setdiff1d(kept[k], given)
         return self.base.examples(devices, kept)
-
-    def held_out_devices(self, limit: int | None = None) -> Examples:
-        """Examples of held-out devices: no canary is among them."""
-        return self.base.held_out_devices(limit)
-
-    def held_out_activity(self, limit: int | None = None) -> NDArray[np.unsignedinteger[Any]]:
-        """(devices,) examples that each held-out device has."""
-        return self.base.held_out_activity(limit)
-
-    def held_out_examples(self, limit: int | None = None) -> Examples | None:
-        """Held-out examples of training devices: no canary is among them."""
-        return self.base.held_out_examples(limit)
-
-    def expected_level_counts(self) -> NDArray[np.float64] | None:
-        """As without canaries: no device changes its level."""
-        return self.base.expected_level_counts()
 
     def describe(self) -> dict[str, Any]:
         """What the report says: the population's own facts, and what was inserted.

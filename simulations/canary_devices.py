@@ -30,14 +30,13 @@ from sottovoce.client.errors import ConfigError
 from sottovoce.client.examples import Examples
 from sottovoce.client.fleet import LocalTraining
 from sottovoce.client.groups import GroupData, LocalUpdates
-from sottovoce.privacy.audit.code_canaries import joined
 from sottovoce.privacy.audit.device_record import KINDS
 from sottovoce.privacy.audit.directions import Directions
-from sottovoce.simulations.code_population import in_order
 from sottovoce.simulations.cohort import Draw
 from sottovoce.simulations.hashing import draws, integers_below, stream
 from sottovoce.simulations.population import Population
-from sottovoce.strategies.levels import MAX_LEVEL, activity_levels
+from sottovoce.simulations.population_layers import AddedDevices
+from sottovoce.strategies.levels import activity_levels
 
 LOUD = 10.0  # clip norms that every second direction canary hands over before clipping
 SENTENCES = 1  # of a text canary, said over and over: few are learned better than many
@@ -75,15 +74,12 @@ class CanaryDevices:
         return LOUD if canary % 2 else 1.0
 
 
-class CanaryPopulation(Population):
+class CanaryDevicePopulation(AddedDevices):
     """`base`, and after its training devices the `canaries`."""
 
     def __init__(self, base: Population, canaries: CanaryDevices) -> None:
-        self.base, self.canaries = base, canaries
-        self.name, self.schema, self.words = base.name, base.schema, base.words
-        self.held_out, self.public_words = base.held_out, base.public_words
-        said = np.full(canaries.count, canaries.activity, np.min_scalar_type(canaries.activity))
-        self.activity = np.concatenate([base.activity, said])
+        super().__init__(base, canaries.count, canaries.activity)
+        self.canaries = canaries
 
     @property
     def natural(self) -> Population:
@@ -91,53 +87,17 @@ class CanaryPopulation(Population):
         base: Population = getattr(self.base, "natural", self.base)
         return base
 
-    def examples(self, devices: Ids, indices: Sequence[Ids] | None = None) -> Examples:
-        """Examples of training devices: all, or numbers `indices[k]` of `devices[k]`."""
-        devices = np.asarray(devices, dtype=np.int64)
-        added = self.canaries.are(devices)
-        if not added.any():
-            return self.base.examples(devices, indices)
-        others, ours = np.flatnonzero(~added), np.flatnonzero(added)
-        theirs = None if indices is None else [indices[k] for k in others.tolist()]
-        wanted = [np.arange(self.canaries.activity)] * len(ours)
-        if indices is not None:
-            wanted = [indices[k] for k in ours.tolist()]
-        said = self.sentences(devices[ours] - self.canaries.first, wanted)
-        if not len(others):
-            return said
-        both = joined([self.base.examples(devices[others], theirs), said])
-        return in_order(both, np.concatenate([others, ours]))
-
-    def held_out_devices(self, limit: int | None = None) -> Examples:
-        return self.base.held_out_devices(limit)
-
-    def held_out_activity(self, limit: int | None = None) -> NDArray[np.unsignedinteger[Any]]:
-        return self.base.held_out_activity(limit)
-
-    def held_out_examples(self, limit: int | None = None) -> Examples | None:
-        return self.base.held_out_examples(limit)
-
-    def expected_level_counts(self) -> NDArray[np.float64] | None:
-        """Those of the base, and the canaries, whose number and activity are settings."""
-        known = self.base.expected_level_counts()
-        if known is None:
-            return None
-        counts = np.zeros(max(len(known), MAX_LEVEL + 1))
-        counts[: len(known)] = known
-        counts[int(activity_levels(np.array([self.canaries.activity]))[0])] += self.canaries.count
-        return counts
-
     def describe(self) -> dict[str, Any]:
         said = f"{self.canaries.count} of the devices are {self.canaries.kind} canaries"
         return self.base.describe() | {
             "devices": len(self), "device_canaries": f"{said}, about half of them in: for the audit"
         }
 
-    def sentences(self, canaries: Ids, numbers: Sequence[Ids]) -> Examples:
-        """What the `canaries` say, numbers modulo `SENTENCES`: random words with random labels."""
-        sizes = np.array([len(some) for some in numbers], dtype=np.int64)
-        owner = np.repeat(canaries, sizes)
-        number = np.concatenate([np.zeros(0, np.int64), *numbers]).astype(np.int64) % SENTENCES
+    def say(self, added: Ids, indices: Sequence[Ids]) -> Examples:
+        """What canaries say, numbers modulo `SENTENCES`: random words with random labels."""
+        sizes = np.array([len(some) for some in indices], dtype=np.int64)
+        owner = np.repeat(added, sizes)
+        number = np.concatenate([np.zeros(0, np.int64), *indices]).astype(np.int64) % SENTENCES
         key = stream(self.canaries.seed, "canary sentences")
         each = draws(draws(key, owner), number)
         bits = draws(each[:, None], np.arange(LENGTH))
@@ -177,21 +137,21 @@ def with_device_canaries(
     if activity is None:
         level = int(activity_levels(np.array([population.activity.max()]))[0])
         activity = 1 << level
-    return CanaryPopulation(population, CanaryDevices(
+    return CanaryDevicePopulation(population, CanaryDevices(
         kind, count, len(population), activity, settings.get("seed") or 0, norm
     ))
 
 
 def canaries_of(population: Population) -> CanaryDevices | None:
     """The canary devices of a run, None where it has none."""
-    return population.canaries if isinstance(population, CanaryPopulation) else None
+    return population.canaries if isinstance(population, CanaryDevicePopulation) else None
 
 
 def without_canary_devices(
     population: Population, participants: Ids | None
 ) -> tuple[Population, Ids | None]:
     """A run's population and those of it that took part, both without the canary devices."""
-    if not isinstance(population, CanaryPopulation):
+    if not isinstance(population, CanaryDevicePopulation):
         return population, participants
     if participants is not None:
         participants = participants[~population.canaries.are(participants)]

@@ -25,12 +25,11 @@ from sottovoce.privacy.audit.code_canaries import (
     CodeCanary,
     canary_examples,
     draw_canaries,
-    joined,
     save_canaries,
     with_words,
 )
 from sottovoce.simulations.population import Population
-from sottovoce.strategies.levels import MAX_LEVEL, activity_levels
+from sottovoce.simulations.population_layers import AddedDevices
 
 CODES_FILE = "code_canaries.json"
 _PURPOSE = 0xC0DE5  # keeps these draws apart from others of the same seed
@@ -38,7 +37,7 @@ _PURPOSE = 0xC0DE5  # keeps these draws apart from others of the same seed
 Ids = NDArray[np.int64]
 
 
-class CodePopulation(Population):
+class CodePopulation(AddedDevices):
     """`base`, and after its training devices one device for each of `canaries`.
 
     `copies`: examples that each of them holds. `words`: the word table, that of `base` and what the
@@ -54,14 +53,10 @@ class CodePopulation(Population):
     ) -> None:
         if not 1 <= copies <= MOST_COPIES:
             raise ConfigError(f"audit.code_copies={copies} must be between 1 and {MOST_COPIES}")
-        self.base, self.canaries, self.copies = base, tuple(canaries), copies
+        super().__init__(base, len(canaries), copies)
+        self.canaries, self.copies = tuple(canaries), copies
         self.words = with_words(base.words, canaries) if words is None else words
-        self.name, self.schema, self.held_out = base.name, base.schema, base.held_out
-        self.public_words = base.public_words
-        said = np.full(len(self.canaries), copies, dtype=np.min_scalar_type(copies))
-        self.activity = base.activity
         if self.canaries:
-            self.activity = np.concatenate([base.activity, said])
             self._said = canary_examples(self.canaries, self.words, self.schema, copies=1)
 
     @property
@@ -74,44 +69,12 @@ class CodePopulation(Population):
         """The population without the canaries' devices; its words are still those of the run."""
         return CodePopulation(self.base, (), self.copies, self.words)
 
-    def examples(self, devices: Ids, indices: Sequence[Ids] | None = None) -> Examples:
-        """Examples of training devices: all, or numbers `indices[k]` of `devices[k]`.
-
-        Raises IndexError for an unknown device or example number.
-        """
-        devices = np.asarray(devices, dtype=np.int64)
-        if len(devices) and not 0 <= devices.min() <= devices.max() < len(self):
-            raise IndexError(f"a device is not among the {len(self)} training devices")
-        added = devices >= len(self.base)
-        if not added.any():
-            return self.base.examples(devices, indices)
-        natural, codes = np.flatnonzero(~added), np.flatnonzero(added)
-        theirs = None if indices is None else [indices[k] for k in natural.tolist()]
-        of_codes = None if indices is None else [indices[k] for k in codes.tolist()]
-        both = joined([
-            self.base.examples(devices[natural], theirs),
-            self._sentences(devices[codes] - len(self.base), of_codes),
-        ])
-        return in_order(both, np.concatenate([natural, codes]))
-
-    def held_out_devices(self, limit: int | None = None) -> Examples:
-        return self.base.held_out_devices(limit)
-
-    def held_out_activity(self, limit: int | None = None) -> NDArray[np.unsignedinteger[Any]]:
-        return self.base.held_out_activity(limit)
-
-    def held_out_examples(self, limit: int | None = None) -> Examples | None:
-        return self.base.held_out_examples(limit)
-
-    def expected_level_counts(self) -> NDArray[np.float64] | None:
-        """Those of the base, and the canaries' devices, whose number and activity are settings."""
-        known = self.base.expected_level_counts()
-        if known is None or not self.canaries:
-            return known
-        counts = np.zeros(max(len(known), MAX_LEVEL + 1))
-        counts[: len(known)] = known
-        levels = activity_levels(self.activity[len(self.base) :])
-        return counts + np.bincount(levels, minlength=len(counts))
+    def say(self, added: Ids, indices: Sequence[Ids]) -> Examples:
+        """The sentence of each canary device, as often as it is asked for."""
+        counts = np.array([len(asked) for asked in indices], dtype=np.int64)
+        taken = self._said.take(np.repeat(added, counts))
+        offsets = np.append(0, np.cumsum(counts)).astype(np.int64)
+        return Examples(taken.tokens, taken.offsets, offsets, taken.intent, taken.slots)
 
     def describe(self) -> dict[str, Any]:
         facts = self.base.describe()
@@ -122,32 +85,6 @@ class CodePopulation(Population):
             "code_canaries": f"{len(self.canaries)} of the devices say one invented code each,"
             f" {self.copies} times: for the audit",
         }
-
-    def _sentences(self, numbers: Ids, indices: Sequence[Ids] | None) -> Examples:
-        """The sentence of each canary device, as often as it is asked for."""
-        counts = np.full(len(numbers), self.copies, dtype=np.int64)
-        if indices is not None:
-            counts = np.array([len(asked) for asked in indices], dtype=np.int64)
-            wanted = np.concatenate([np.empty(0, dtype=np.int64), *indices])
-            if np.any((wanted < 0) | (wanted >= self.copies)):
-                raise IndexError("an example number is beyond its device's activity")
-        taken = self._said.take(np.repeat(numbers, counts))
-        offsets = np.append(0, np.cumsum(counts)).astype(np.int64)
-        return Examples(taken.tokens, taken.offsets, offsets, taken.intent, taken.slots)
-
-
-def in_order(examples: Examples, places: Ids) -> Examples:
-    """`examples` with device k at `places[k]`: a permutation."""
-    order = np.argsort(places, kind="stable")
-    if np.array_equal(order, np.arange(len(order))):
-        return examples
-    sizes = np.diff(examples.device_offsets)
-    starts = examples.device_offsets[:-1]
-    rows = np.concatenate([np.arange(starts[k], starts[k] + sizes[k]) for k in order])
-    taken = examples.take(rows.astype(np.int64))
-    offsets = np.append(0, np.cumsum(sizes[order])).astype(np.int64)
-    return Examples(taken.tokens, taken.offsets, offsets, taken.intent, taken.slots)
-
 
 def with_codes(population: Population, settings: Mapping[str, Any] | None) -> Population:
     """`population` with the code canaries that the group `audit` asks for; as it is without any.

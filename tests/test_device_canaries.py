@@ -31,8 +31,8 @@ from sottovoce.server.simulate import simulate
 from sottovoce.simulations import blocks as cut
 from sottovoce.simulations.canary_devices import (
     LOUD,
+    CanaryDevicePopulation,
     CanaryDevices,
-    CanaryPopulation,
     direction_update,
     with_device_canaries,
 )
@@ -100,7 +100,7 @@ def _with_canaries(workers: int = 1) -> SimulatedFleet:
     plain = fleet("bilstm", None, 0.05)
     canaries = CanaryDevices("direction", 6, len(plain.population), 8, seed=2)
     return SimulatedFleet(
-        CanaryPopulation(plain.population, canaries), plain.task, plain.model, plain.training,
+        CanaryDevicePopulation(plain.population, canaries), plain.task, plain.model, plain.training,
         plain.source, 4, workers=workers,
     )
 
@@ -135,7 +135,7 @@ def test_a_fleet_adds_each_asked_canary_once_from_any_number_of_workers(
 
 def test_text_canaries_say_the_same_whoever_is_asked_beside_them() -> None:
     base, _, _ = parts("bilstm")
-    mixed = CanaryPopulation(base, CanaryDevices("text", 5, len(base), 6, seed=3))
+    mixed = CanaryDevicePopulation(base, CanaryDevices("text", 5, len(base), 6, seed=3))
     assert len(mixed) == len(base) + 5 and mixed.activity[-1] == 6 and mixed.natural is base
     asked = [np.array([0, 5]), np.array([1]), np.array([2, 2, 0])]
     together = mixed.examples(np.array([202, 17, 204]), asked)

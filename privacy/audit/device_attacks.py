@@ -102,11 +102,15 @@ class CanaryLoss(DeviceCanaryAttack):
     """What training took off the loss of a text canary's own sentences."""
 
     def _scores(self, record: DeviceRecord, material: Material) -> Floats:
-        from sottovoce.simulations.canary_devices import SENTENCES, CanaryDevices, CanaryPopulation
+        from sottovoce.simulations.canary_devices import (
+            SENTENCES,
+            CanaryDevicePopulation,
+            CanaryDevices,
+        )
 
         run, count = material.run, len(record.inside)
         canaries = CanaryDevices(record.kind, count, record.first, record.activity, record.seed)
-        said = CanaryPopulation(run.population, canaries).sentences(
+        said = CanaryDevicePopulation(run.population, canaries).say(
             np.arange(count), [np.arange(SENTENCES)] * count
         )
         assert run.initial_model is not None
