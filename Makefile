@@ -8,7 +8,7 @@ RUNTIME := $(VENV)/.installed
 DEVELOP := $(VENV)/.installed-dev
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help demo test lint types clean
+.PHONY: help demo edge-demo test lint types protocol clean
 
 help:
 	@echo "make demo    a million devices train a voice assistant's language model, privately"

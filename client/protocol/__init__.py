@@ -1,0 +1,16 @@
+"""The device protocol: `device.proto` and the code that `make protocol` generates from it."""
+
+from __future__ import annotations
+
+PROTOCOL = 1
+"""Version that devices and gateways must share."""
+
+REASONS = ("policy", "budget", "memory", "busy", "model", "failed")
+"""Why a device declines a task: its policy on privacy, its own budget, too little memory, no longer
+eligible, a model that it does not have, or training that failed."""
+
+SESSION = "session-bin"
+"""Metadata key of a session."""
+
+CHUNK_BYTES = 256 * 1024
+"""Data in one message of a stream."""
