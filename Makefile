@@ -12,6 +12,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 help:
 	@echo "make demo    a million devices train a voice assistant's language model, privately"
+	@echo "make edge-demo   a server and eight device processes train over TLS"
 	@echo "make test    the tests"
 	@echo "make lint    ruff"
 	@echo "make types   mypy"
@@ -21,6 +22,9 @@ help:
 
 demo: $(RUNTIME)
 	@$(BIN)/sottovoce simulate
+
+edge-demo: $(RUNTIME)
+	@$(BIN)/python deploy/edge_demo.py
 
 # One thread a process: two spinning ones slow each other down.
 test: $(DEVELOP)

@@ -25,6 +25,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 
 from sottovoce.client import descents
+from sottovoce.client.round_sum import RoundSum
 from sottovoce.privacy.accounting.ledger import Ledger
 from sottovoce.privacy.audit.checks import Check
 from sottovoce.privacy.audit.device_checks import run_checks
@@ -32,12 +33,11 @@ from sottovoce.privacy.audit.device_record import load_record
 from sottovoce.privacy.mechanisms.device import DeviceMechanism
 from sottovoce.server.settings import compose
 from sottovoce.server.simulate import simulate
-from sottovoce.simulations.round_sum import RoundSum
 from sottovoce.strategies.noised_sum import NoisedSum
 
 RUN = (
     "population=assistant", "population.devices=50", "population.held_out_devices=2",
-    "cohort_size=50", "rounds=16", "population.max_examples_per_round=8",
+    "cohort_size=50", "rounds=24", "population.max_examples_per_round=8",
     "model.embedding_size=8", "model.hidden_size=8",
     "strategy=fedavg", "strategy.sampler=uniform", "strategy.learning_rate=0.5",
     "strategy.batch_size=8", "privacy=device", "privacy.device.epsilon=null",

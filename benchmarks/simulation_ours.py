@@ -40,11 +40,11 @@ from simulation_models import (
 )
 from torch import nn
 
+from sottovoce.client import batch_draws
 from sottovoce.privacy.mechanisms.philox import WORDS
 from sottovoce.server import setup, simulate, training
 from sottovoce.server.evaluation import Evaluator
 from sottovoce.server.settings import compose
-from sottovoce.simulations import batch_draws
 from sottovoce.simulations import experiment as experiments
 from sottovoce.strategies.sampling import UniformSampler
 
@@ -58,7 +58,7 @@ class BenchCohorts(UniformSampler):
         super().__init__(users, size)
         self._draw = lambda number: synth.cohort(seed, number - 1, size, users)
 
-    def sample(self, round: int) -> NDArray[np.int64]:
+    def sample(self, round: int, attempt: int = 0) -> NDArray[np.int64]:
         drawn: NDArray[np.int64] = np.sort(self._draw(round))
         return drawn
 

@@ -23,15 +23,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sottovoce.client.fleet import LocalTraining
+from sottovoce.client.lazy_rows import LazyRows
 from sottovoce.privacy.gradients.clipping import clip_factors
 from sottovoce.privacy.optimizer.descent import AdamBC, Descent, Tensors, make_descent
+
+MARGIN = 1e-4  # far above the rounding of a sum of clipped gradients
 
 
 class LocalDescent:
     """K devices on their way from `origin`, by name (K, *shape), which stays as it is.
 
-    `steps`: (K,), descending: whoever takes a step are the first ones. `weights`: where the devices
-    are, by name (K, *shape); none before the first step. `signal`: what a device's data did, known
+    `steps`: (K,), descending: whoever takes a step are the first ones. `lazy`: tables, by name,
+    that keep their own rows; plain SGD only. `weights`: where the devices are, by name (K, *shape);
+    none before the first step, and with noise of their own (n, *shape), of the n that will take
+    another step. `signal`: what a device's data did, known
     after `finish`, and `noise`: its own noise, or None where there is none, or none apart.
     `clipped`: (K,) bool, whose signal was cut down.
 
@@ -58,9 +63,15 @@ class LocalDescent:
     """
 
     def __init__(
-        self, training: LocalTraining, origin: Tensors, steps: NDArray[np.int64], *, noised: bool
+        self,
+        training: LocalTraining,
+        origin: Tensors,
+        steps: NDArray[np.int64],
+        *,
+        noised: bool,
+        lazy: dict[str, LazyRows] | None = None,
     ) -> None:
-        self.training, self.origin = training, origin
+        self.training, self.origin, self.lazy = training, origin, lazy or {}
         self.steps = torch.from_numpy(steps)
         self.weights: Tensors = {}
         self.signal: Tensors = {}
@@ -84,15 +95,21 @@ class LocalDescent:
         gradients: Tensors,
         drawn: Tensors | None,
         deviation: float | Tensor = 0.0,
+        longest: Tensor | None = None,
     ) -> None:
         """Step `number` of the first n devices, which still have one; both sets are used up.
 
         `gradients`: (n, *shape) sums over the (expected) batch size. `drawn`: their noise, or that
         of the first ones where the others have none, of a `deviation` that the devices' Adam must
-        know where it is their own (n,).
+        know where it is their own (n,). `longest`: (n,) bounds on the norms of `gradients`, where
+        there are any.
         """
         if self.training.projects_steps:
-            self._project(number, gradients)
+            self._project(number, gradients, longest)
+        for name, table in self.lazy.items():
+            table.move(gradients.pop(name))
+        if self.training.plain and self.noise is not None:
+            return self._plain(number, gradients, drawn or {})
         if drawn is not None and self.noise is None:
             for name, draw in drawn.items():
                 gradients[name][: len(draw)].add_(draw)
@@ -115,6 +132,22 @@ class LocalDescent:
             assert self.noise is not None
             self._take_away(self.noise, name, move)
 
+    def _plain(self, number: int, gradients: Tensors, drawn: Tensors) -> None:
+        """A noised step of plain SGD; weights that no step will read any more are not kept."""
+        assert self.noise is not None
+        left = int((self.steps > number + 1).sum())
+        for name, gradient in gradients.items():
+            draw = drawn.get(name, gradient[:0])
+            if left:
+                before = self.weights.get(name, self.origin[name])[:left]
+                out = self.weights[name][:left] if name in self.weights else None
+                now = torch.sub(before, gradient[:left], alpha=self._rate, out=out)
+                self.weights[name] = now
+                now[: len(draw)].sub_(draw[:left], alpha=self._rate)
+            self._take_away(self.signal, name, gradient)
+            if len(draw):
+                self._take_away(self.noise, name, draw)
+
     @property
     def direct(self) -> bool:
         """Whether a step only moves `weights`, by the learning rate times the gradient."""
@@ -133,14 +166,18 @@ class LocalDescent:
         A device whose signal is not finite is left with a signal of zero: it must be dropped.
         """
         for name, origin in self.origin.items():
-            if name not in self.weights:
-                self.weights[name] = origin.clone()
             if not self._follows:
-                self.signal[name] = self.weights[name].sub_(origin)
+                there = self.weights.get(name)
+                self.signal[name] = torch.zeros(origin.shape) if there is None else (
+                    there.sub_(origin))
             elif name not in self.signal:
-                self.signal[name] = torch.zeros_like(self.weights[name])
+                self.signal[name] = torch.zeros(origin.shape)
             if self.noise is not None and name not in self.noise:
-                self.noise[name] = torch.zeros_like(self.weights[name])
+                self.noise[name] = torch.zeros(origin.shape)
+        for name, table in self.lazy.items():
+            self.signal[name], noise = table.finish()
+            if self.noise is not None and noise is not None:
+                self.noise[name] = noise
         bound = None if self.training.projects_steps else self.training.update_clip_norm
         norms, finite, clipped = finished(self.signal, bound)
         self.clipped |= clipped
@@ -169,9 +206,12 @@ class LocalDescent:
         self._variances = beta * self._variances[: len(variances)] + (1 - beta) * variances
         adam.noise_variance = self._variances / (1 - beta**steps)
 
-    def _project(self, number: int, gradients: Tensors) -> None:
+    def _project(self, number: int, gradients: Tensors, longest: Tensor | None) -> None:
         """Each device's z_s = g_s + k_s wd theta_0 to its radius, and its g_s back from it."""
         here = len(next(iter(gradients.values())))
+        if longest is not None and not self._pulled_from:
+            return self._project_some(gradients, torch.nonzero(
+                longest * (1 + MARGIN) > self._radii[:here]).squeeze(1))
         pull = self._pulls[self.steps[:here] - 1 - number]
         for name, origin in self._pulled_from.items():
             gradients[name].add_(origin[:here] * columns(pull, origin))
@@ -180,6 +220,17 @@ class LocalDescent:
         for name, origin in self._pulled_from.items():
             gradients[name].sub_(origin[:here] * columns(pull, origin))
         self.clipped[:here] |= norms > radii
+
+    def _project_some(self, gradients: Tensors, some: Tensor) -> None:
+        """The gradients of devices `some` (m,) to their radii."""
+        if not len(some):
+            return
+        norms, radii = stacked_norms({n: g[some] for n, g in gradients.items()}), self._radii[some]
+        factors = clip_factors(norms, radii, len(some))
+        over = factors != 1
+        for gradient in gradients.values() if bool(over.any()) else ():
+            gradient[some[over]] *= columns(factors[over], gradient)
+        self.clipped[some] |= norms > radii
 
     def _moves(
         self, descent: Descent, gradients: Tensors, part: Tensors, origin: Tensors

@@ -170,6 +170,15 @@ class Fleet(ABC):
             )
         self.training = replace(self.training, update_clip_norm=clip_norm)
 
+    def call(self, devices: NDArray[np.int64], members: NDArray[np.int64]) -> None:
+        """Learn by which numbers, (devices,), a gateway knows the run's `devices`.
+
+        Raises ConfigError where there are no real devices behind this node.
+        """
+        raise ConfigError(
+            "this node has no gateway: start it with --node-config 'gateway=\"FOLDER\"'"
+        )
+
     @abstractmethod
     def train(
         self,

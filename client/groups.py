@@ -46,6 +46,8 @@ class LocalUpdates:
     each device, summed over the examples it visited; `visits`: (K,) how many those were. `owed`:
     (K,) variance of noise that is part of the update but not in `noise`, in each of its
     coordinates: whoever adds updates up draws it for the sum; None where nothing is owed.
+    `materialised`: (K, U) variance of what is in `noise`, in the touched rows of a cut table whose
+    rows do not all have the same (`LazyRows`); None where `owed` tells it.
     """
 
     signal: dict[str, Tensor]
@@ -57,6 +59,7 @@ class LocalUpdates:
     visits: Tensor
     clipped_examples: int
     owed: Tensor | None = None
+    materialised: Tensor | None = None
 
     @property
     def loss(self) -> float:

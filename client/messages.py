@@ -27,11 +27,13 @@ def train_content(
     settings: str,
     clip_norm: float | None = None,
     levels: NDArray[np.uint8] | None = None,
+    members: NDArray[np.int64] | None = None,
 ) -> RecordDict:
     """The coordinator's request of one fleet. `settings`: the run's, as YAML.
 
     `clip_norm`: bound on a device's signal in this round, in place of the settings'; None: theirs.
-    `levels`: (devices,) under which devices are to be counted; None: their own.
+    `levels`: (devices,) under which devices are to be counted; None: their own. `members`:
+    (devices,) their numbers at a gateway; None: devices have no other numbers than the run's.
     """
     config = ConfigRecord({"round": server_round, "settings": settings})
     if clip_norm is not None:
@@ -39,6 +41,8 @@ def train_content(
     cohort = {"devices": Array(devices)}
     if levels is not None:
         cohort["levels"] = Array(levels)
+    if members is not None:
+        cohort["members"] = Array(members)
     return RecordDict(
         {
             "parameters": parameters,
@@ -72,6 +76,42 @@ def read_levels(content: RecordDict) -> NDArray[np.uint8] | None:
     """The levels under which a request counts its devices, None where it leaves that to them."""
     found = content.array_records["cohort"].get("levels")
     return None if found is None else found.numpy().astype(np.uint8)
+
+
+def read_members(content: RecordDict) -> NDArray[np.int64] | None:
+    """The devices' numbers at a gateway, None where a request gives none."""
+    found = content.array_records["cohort"].get("members")
+    return None if found is None else found.numpy().astype(np.int64)
+
+
+def roster_query(run: str) -> RecordDict:
+    """The coordinator's question to a gateway: who is there for `run`?"""
+    return RecordDict({"roster": ConfigRecord({"run": run})})
+
+
+def read_roster_query(content: RecordDict) -> str:
+    """The run that a roster is asked for."""
+    return str(content.config_records["roster"]["run"])
+
+
+def roster_content(
+    gateway: str, members: NDArray[np.int64], levels: NDArray[np.uint8]
+) -> RecordDict:
+    """A gateway's answer: its name, and the devices (members,) that declared a level (members,)."""
+    return RecordDict({
+        "roster": ArrayRecord({"members": Array(members), "levels": Array(levels)}),
+        "gateway": ConfigRecord({"name": gateway}),
+    })
+
+
+def read_roster(content: RecordDict) -> tuple[str, NDArray[np.int64], NDArray[np.uint8]]:
+    """Name, devices and levels of a gateway."""
+    arrays = content.array_records["roster"]
+    return (
+        str(content.config_records["gateway"]["name"]),
+        arrays["members"].numpy().astype(np.int64),
+        arrays["levels"].numpy().astype(np.uint8),
+    )
 
 
 def reply_content(reply: FleetReply) -> RecordDict:

@@ -20,8 +20,8 @@ class StepNoise:
 
     `streams`: one for each device, None where there is no noise. `like`: tensors (K, *shape) by
     name. `table`: the one that is cut down, which gets noise in the rows that a device touches
-    only. What a device draws does not depend on the others. `lends`: the noise of a device's last
-    step is not drawn but owed.
+    only; None where it draws its own (`LazyRows`). What a device draws does not depend on the
+    others. `lends`: the noise of a device's last step is not drawn but owed.
     """
 
     def __init__(

@@ -36,6 +36,7 @@ from sottovoce.client.groups import (
     LocalUpdates,
     shortened,
 )
+from sottovoce.client.lazy_rows import LazyRows
 from sottovoce.client.step_noise import StepNoise
 from sottovoce.client.step_parts import Part, by_length, by_size, pass_rows
 from sottovoce.client.tables import sparse_table as sparse_table
@@ -57,7 +58,8 @@ class GroupTrainer:
     can take apart, with `devices` = 1. `table`: name of the embedding parameter that is cut
     down, or None. `micro_batches`: of each device, 0 where examples are clipped one by one.
     `lends`: whether the noise of a device's last step, which no training of
-    its own sees any more, is left to whoever adds updates up (`LocalUpdates.owed`).
+    its own sees any more, is left to whoever adds updates up (`LocalUpdates.owed`), and by plain
+    SGD that of table rows after they were read last (`LazyRows`).
     """
 
     def __init__(
@@ -88,35 +90,66 @@ class GroupTrainer:
     ) -> LocalUpdates:
         """Local training of the group from the global `parameters`, in some round."""
         training, devices = self.training.at(server_round), len(data.steps)
+        lazy = self._lazy_rows(training, parameters, data, noise)
         origin = {
             name: F.embedding(torch.from_numpy(data.touched), parameters[name])
             if name == self.table
             else parameters[name].expand(devices, *parameters[name].shape)
-            for name in self.grouped.parameters
+            for name in self.grouped.parameters if lazy is None or name != self.table
         }
         tally = _Tally(devices)
-        descent = LocalDescent(training, origin, data.steps, noised=noise.sums is not None)
+        descent = LocalDescent(
+            training, origin, data.steps, noised=noise.sums is not None,
+            lazy={} if lazy is None or self.table is None else {self.table: lazy},
+        )
         thresholds = make_thresholds(
             training.example, training.plan.batch_size, devices, noise.counts
         )
-        steps = StepNoise(noise.sums, data, origin, self.table, lends=self.lends)
+        table = self.table if lazy is None else None
+        steps = StepNoise(noise.sums, data, origin, table, lends=self.lends)
         for number in range(len(data.rows)):
             here = int((data.steps > number).sum())
             thresholds.take(here)
-            now, place = Part.of(data, number, here), _Place(parameters, origin, descent, here)
+            read = None if lazy is None else lazy.read(number)
+            now = Part.of(data, number, here)
+            place = _Place(parameters, origin, descent, here, lazy, read)
             if descent.direct and self._descend(data, now, place, tally):
                 continue
             gradients = self._gradients(data, now, place, thresholds, tally)
             deviation = thresholds.deviation
             drawn = steps.draw(number, here, deviation)
+            longest = self._longest(now, thresholds)
             thresholds.move()
-            descent.step(number, gradients, drawn, deviation)
+            descent.step(number, gradients, drawn, deviation, longest)
         norms, finite = descent.finish()
         self._let_go(parameters)
         return LocalUpdates(
             descent.signal, descent.noise, finite, norms, descent.clipped,
             tally.losses, tally.visits, tally.clipped, steps.owed(training),
+            None if lazy is None else lazy.materialised,
         )
+
+    def _lazy_rows(
+        self, training: LocalTraining, parameters: Tensors, data: GroupData, noise: DeviceNoise
+    ) -> LazyRows | None:
+        """The cut table where its rows may wait for their noise."""
+        if self.table is None or self.table_input is None or training.example is None:
+            return None
+        if not (training.plain and training.linear and (self.lends or noise.sums is None)):
+            return None
+        return LazyRows(
+            data, data.batch[self.table_input], parameters[self.table], training.learning_rate,
+            noise.sums, training.step_deviation,
+        )
+
+    def _longest(self, now: Part, thresholds: Thresholds) -> Tensor | None:
+        """(n,) bounds on the norms of a step's clipped sums over the expected number of units."""
+        rule = thresholds.rule
+        if rule is None or isinstance(rule.clip_norm, Tensor):
+            return None
+        present = torch.from_numpy(now.present.sum(axis=1))
+        units = torch.full_like(present, self.micro_batches) if self.micro_batches else present
+        return units * (rule.clip_norm / self._units)
 
     def _put(self, place: _Place, chosen: NDArray[np.int64] | None = None) -> None:
         """The model on the weights of all devices that take a step, or of those chosen.
@@ -132,7 +165,7 @@ class GroupTrainer:
             if not place.moved and not stacks and name != self.table:
                 parameter.data = place.parameters[name]
                 continue
-            own = place.weights[name][: place.here]
+            own = place.stack(name)
             own = own if chosen is None else own[torch.from_numpy(chosen)]
             parameter.data = own[0] if count == 1 and not stacks else own
 
@@ -171,7 +204,7 @@ class GroupTrainer:
         total: Tensors = {}
         for part in self._parts(now, data, thresholds):
             self._put(place, part.chosen)
-            for name, added in self._sums(data, part, thresholds, tally).items():
+            for name, added in self._sums(data, part, thresholds, tally, place.lazy).items():
                 if name not in total:
                     total[name] = added
                 elif part.chosen is None:
@@ -181,8 +214,7 @@ class GroupTrainer:
         if not total:
             units = self.micro_batches * place.here
             thresholds.count(torch.zeros(units), torch.ones(units, dtype=torch.bool))
-            shapes = {name: tensor.shape[1:] for name, tensor in place.origin.items()}
-            return {name: torch.zeros((place.here, *shape)) for name, shape in shapes.items()}
+            return {n: torch.zeros(place.stack(n).shape) for n in self.grouped.parameters}
         return total
 
     def _parts(self, now: Part, data: GroupData, thresholds: Thresholds) -> list[Part]:
@@ -200,9 +232,14 @@ class GroupTrainer:
         return [bucket for part in parts for bucket in by_length(part, lengths)]
 
     def _sums(
-        self, data: GroupData, now: Part, thresholds: Thresholds, tally: _Tally
+        self,
+        data: GroupData,
+        now: Part,
+        thresholds: Thresholds,
+        tally: _Tally,
+        lazy: LazyRows | None,
     ) -> Tensors:
-        losses, weighted, present = self._losses(data, now)
+        losses, weighted, present = self._losses(data, now, lazy)
         rule, micro, groups = thresholds.rule, None, len(now.rows)
         if data.micro_batches is not None:
             unit = torch.from_numpy(data.micro_batches[now.rows.reshape(-1), now.number])
@@ -214,34 +251,46 @@ class GroupTrainer:
         tally.add(losses.detach(), present, now, clipped_rows(found.norms, rule, micro))
         return found.sums
 
-    def _losses(self, data: GroupData, now: Part) -> tuple[Tensor, Tensor, Tensor]:
+    def _losses(
+        self, data: GroupData, now: Part, lazy: LazyRows | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Losses of a part's rows, the same times their weights, and which rows are present."""
         rows = now.rows.reshape(-1)
         if data.seeds is not None:
             self.grouped.tape.row_seeds = torch.from_numpy(data.seeds[rows, now.number])
-        losses = self.task.losses(self.grouped.module, shortened(data.batch, rows))
+        batch = shortened(data.batch, rows)
+        if lazy is not None and self.table_input is not None:
+            width = batch[self.table_input].shape[1:2]
+            batch[self.table_input] = lazy.renumbered(now.rows, now.chosen, *width)
+        losses = self.task.losses(self.grouped.module, batch)
         weighted = losses * torch.from_numpy(now.weights.reshape(-1))
         return losses, weighted, torch.from_numpy(now.present.reshape(-1))
 
 
 @dataclass
 class _Place:
-    """Where devices are before a step: `here` of them take it."""
+    """Where devices are before a step: `here` of them take it. `read`: (n, R, D) rows of a lazy
+    table that they read in it.
+    """
 
     parameters: Tensors
     origin: Tensors
     descent: LocalDescent
     here: int
+    lazy: LazyRows | None = None
+    read: Tensor | None = None
+
+    def stack(self, name: str) -> Tensor:
+        """(n, *shape) of those that take the step."""
+        weights = self.descent.weights or self.origin
+        if self.read is not None and name not in self.origin:
+            return self.read
+        return weights[name][: self.here]
 
     @property
     def moved(self) -> bool:
         """Whether they have left the global model."""
         return bool(self.descent.weights)
-
-    @property
-    def weights(self) -> Tensors:
-        """(K, *shape) by name."""
-        return self.descent.weights or self.origin
 
 
 class _Tally:

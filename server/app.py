@@ -19,9 +19,10 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from sottovoce.client.errors import RunError
-from sottovoce.privacy.accounting.ledger import Ledger
-from sottovoce.server.checkpoints import load_latest, write_atomic
+from sottovoce.server.checkpoints import write_atomic
 from sottovoce.server.limits import validate
+from sottovoce.server.live_limits import draws_anew, is_live
+from sottovoce.server.live_run import with_roster
 from sottovoce.server.placement import discard_unstarted, new_folder, resumed
 from sottovoce.server.progress import final_table
 from sottovoce.server.settings import compose
@@ -42,7 +43,9 @@ def main(grid: Grid, context: Context) -> None:
     if "folder" in given:
         folder = Path(str(given["folder"]))
         if given.get("resume"):
-            outcomes[str(folder)] = continue_run(grid, folder, progress=bool(given["progress"]))
+            outcomes[str(folder)] = continue_run(
+                grid, folder, progress=bool(given["progress"]), afresh=bool(given.get("afresh")),
+            )
         else:
             outcomes[str(folder)] = start_run(grid, folder)
     else:
@@ -64,11 +67,11 @@ def run_on_flower(grid: Grid, overrides: Sequence[str], fleets: int) -> Outcome:
     if folder is None:
         folder = new_folder(config.run.dir)
         console.print(f"run: {folder.resolve()}", markup=False)
-        outcome = start_new(grid, folder, config)
+        outcome = start_new(grid, folder, config, fleets)
     else:
-        refuse_repeated_releases(folder, config)
-        afresh = config.seed is None
-        outcome = continue_run(grid, folder, progress=config.run.progress, afresh=afresh)
+        outcome = continue_run(
+            grid, folder, progress=config.run.progress, afresh=draws_anew(config)
+        )
     report = folder.resolve() / "report.html" if config.run.report else None
     console.print(final_table(outcome.summary, report))
     if outcome.reason:
@@ -76,29 +79,12 @@ def run_on_flower(grid: Grid, overrides: Sequence[str], fleets: int) -> Outcome:
     return outcome
 
 
-def refuse_repeated_releases(folder: Path, config: DictConfig) -> None:
-    """Raise RunError where a resume over nodes would release some round a second time.
-
-    Nodes keep no secret, so a round done again meets other batches and other on-device noise, but
-    the coordinator's noise is the same: whoever saw both releases could subtract it. The ledger on
-    disk knows every release; it must not be ahead of the checkpoint. Seeded runs repeat exactly.
-    """
-    path = folder / "ledger.json"
-    if config.seed is not None or not path.exists():
-        return
-    state, _ = load_latest(folder / "checkpoints")
-    lost = len(Ledger.load(path)) - len(state.ledger)
-    if lost > 0:
-        raise RunError(
-            f"{folder} released more after its last whole checkpoint (round {state.round}), and "
-            "nodes cannot repeat that with the same randomness: start a new run"
-        )
-
-
-def start_new(grid: Grid, folder: Path, config: DictConfig) -> Outcome:
+def start_new(grid: Grid, folder: Path, config: DictConfig, fleets: int) -> Outcome:
     """Run `config` in the new `folder`; its dated folder is removed if it cannot begin."""
-    write_atomic(folder / "config.yaml", settings_text(config).encode())
     try:
+        if is_live(config):
+            config = with_roster(grid, folder, config, gateways=fleets, say=print)
+        write_atomic(folder / "config.yaml", settings_text(config).encode())
         return start_run(grid, folder)
     except Exception:
         if config.run.dir is None:

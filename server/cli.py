@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import resources
+from importlib import import_module, resources
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -50,6 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words[0] == "--version":
         print(f"sottovoce {version('sottovoce')}")
         return 0
+    if words[0] in DEVICE_VERBS:
+        agent: Callable[[Sequence[str]], int] = import_module(DEVICE_VERBS[words[0]]).main
+        return agent(words[1:])
     return _reported(words[0], words[1:])
 
 
@@ -102,6 +105,7 @@ def _simulate(cfg: DictConfig) -> int:
     sweeps = hydra.mode == RunMode.MULTIRUN
     if cfg.resume is not None:
         cfg, folder = placement.resumed(cfg, hydra.overrides.task)
+    _refuse_live(cfg)
     validate(cfg)
     if sweeps:
         folder = Path(hydra.runtime.output_dir)
@@ -119,6 +123,87 @@ def _simulate(cfg: DictConfig) -> int:
     if sweeps and code == INTERRUPTED:
         raise KeyboardInterrupt  # the sweep ends with the run
     return code
+
+
+def _refuse_live(cfg: DictConfig) -> None:
+    from sottovoce.server.live_limits import is_live
+
+    if is_live(cfg):
+        again = f"resume={cfg.resume}" if cfg.resume is not None else "population.path=FILE"
+        raise ConfigError(f"population=live is for real devices: use sottovoce serve {again}")
+
+
+def _serve(cfg: DictConfig) -> int:
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    from sottovoce.server import placement
+    from sottovoce.server.limits import validate
+
+    hydra = HydraConfig.get()
+    if hydra.mode == RunMode.MULTIRUN:
+        raise ConfigError("-m: a sweep cannot be served to real devices; start one run at a time")
+    settings = cfg.gateway
+    if cfg.resume is not None:
+        words = [w for w in hydra.overrides.task if not w.startswith("gateway.")]
+        cfg, folder = placement.resumed(cfg, words)
+    from sottovoce.server.live_limits import is_live
+
+    if not is_live(cfg):
+        raise ConfigError(
+            f"population={cfg.population.get('name')} is simulated: use sottovoce simulate, or "
+            "population=live"
+        )
+    validate(cfg)
+    if cfg.resume is None:
+        folder = placement.new_folder(cfg.run.dir)
+    cfg = _with(cfg, gateway=settings)
+    from sottovoce.server.serve import serve
+
+    try:
+        return serve(cfg, folder)
+    except BaseException:
+        if cfg.resume is None and cfg.run.dir is None:
+            placement.discard_unstarted(folder)
+        raise
+
+
+def _with(cfg: DictConfig, **values: object) -> DictConfig:
+    """A config with more keys than its dataclass has."""
+    from omegaconf import DictConfig, OmegaConf
+
+    found = OmegaConf.create(OmegaConf.to_container(cfg))
+    assert isinstance(found, DictConfig)
+    for key, value in values.items():
+        found[key] = value
+    return found
+
+
+def _gateway(cfg: DictConfig) -> int:
+    from sottovoce.server.serve import serve_gateway
+
+    return serve_gateway(cfg)
+
+
+def _status(cfg: DictConfig) -> int:
+    from sottovoce.server.gateway_config import StatusConfig
+    from sottovoce.server.operate import show_status
+
+    return show_status(_typed(cfg, StatusConfig))
+
+
+def _tokens(cfg: DictConfig) -> int:
+    from sottovoce.server.gateway_config import TokensConfig
+    from sottovoce.server.operate import make_tokens
+
+    return make_tokens(_typed(cfg, TokensConfig))
+
+
+def _revoke(cfg: DictConfig) -> int:
+    from sottovoce.server.gateway_config import RevokeConfig
+    from sottovoce.server.operate import revoke_device
+
+    return revoke_device(_typed(cfg, RevokeConfig))
 
 
 def _account(cfg: DictConfig) -> int:
@@ -163,6 +248,17 @@ VERBS = {
     "audit": Verb(_audit),
     "report": Verb(_report),
     "study": Verb(_study, configs="sottovoce.configs"),
+    "serve": Verb(_serve, configs="sottovoce.configs", writes_runs=True),
+    "gateway": Verb(_gateway),
+    "status": Verb(_status),
+    "tokens": Verb(_tokens),
+    "revoke": Verb(_revoke),
+}
+
+# What runs on a device: no Hydra, no Flower, arguments as any small command has them.
+DEVICE_VERBS = {
+    "join": "sottovoce.client.agent.join_cli",
+    "device": "sottovoce.client.agent.device_cli",
 }
 
 
@@ -175,7 +271,8 @@ def _run(name: str, words: list[str]) -> int:
         from sottovoce.server.complaint import similar
 
         raise ConfigError(
-            f"{name} is no verb{similar(name, VERBS)}: choose {', '.join(VERBS)}; "
+            f"{name} is no verb{similar(name, [*VERBS, *DEVICE_VERBS])}: choose "
+            f"{', '.join([*VERBS, *DEVICE_VERBS])}; "
             "`sottovoce --help` shows examples"
         )
     if "--help" in words or "-h" in words:  # Hydra would list all groups, for half a second
@@ -186,6 +283,9 @@ def _run(name: str, words: list[str]) -> int:
     from sottovoce.server.config import register
 
     verb, flags = VERBS[name], _flags(words)
+    for setting in flags.overrides if name in ("status", "tokens", "revoke") else ():
+        if setting.startswith("gateway."):
+            raise ConfigError(f"{setting}: sottovoce {name} takes the folder alone, gateway=FOLDER")
     codes, failures = [0], list[Exception]()
 
     def task(cfg: DictConfig) -> None:

@@ -45,8 +45,12 @@ def work_of(experiment: Experiment) -> Work:
 def reply_share(experiment: Experiment, sampler: Sampler) -> float:
     """Expected share of asked devices that answer, by the conditions and public level counts.
 
-    Where no counts are known, devices of the first level stand for all.
+    Where no counts are known, devices of the first level stand for all. Of real devices it is what
+    the operator declares.
     """
+    declared = experiment.config.population.get("reply_share")
+    if declared is not None:
+        return float(declared)
     conditions = conditions_of(experiment.config)
     if conditions.lossless:
         return 1.0

@@ -287,6 +287,9 @@ class SimulateConfig:
     resume: str | None = None
 
 
+GATEWAY_VERBS = ("gateway", "status", "tokens", "revoke")
+
+
 @dataclass
 class ReportConfig:
     """`run`: the folder to report on."""
@@ -317,9 +320,18 @@ def _nodes(verb: str) -> list[tuple[str | None, str, Any]]:
         from sottovoce.server.study import StudyConfig
 
         return [(None, "base_study", StudyConfig), *_nodes("simulate")]
+    if verb == "serve":
+        from sottovoce.server.gateway_config import ServeConfig
+
+        return [(None, "base_serve", ServeConfig), *_nodes("simulate")]
+    if verb in GATEWAY_VERBS:
+        from sottovoce.server.gateway_config import nodes
+
+        return nodes(verb)
     from sottovoce.simulations.assistant import AssistantConfig
     from sottovoce.simulations.conditions import ConditionsConfig
     from sottovoce.simulations.jsonl import JsonlConfig
+    from sottovoce.simulations.live_population import LiveConfig
     from sottovoce.simulations.parquet import ParquetConfig
 
     return [
@@ -329,6 +341,7 @@ def _nodes(verb: str) -> list[tuple[str | None, str, Any]]:
         ("population", "base_assistant", AssistantConfig),
         ("population", "base_jsonl", JsonlConfig),
         ("population", "base_parquet", ParquetConfig),
+        ("population", "base_live", LiveConfig),
         ("model", "base_recurrent", RecurrentConfig),
         ("model", "base_transformer", TransformerConfig),
         ("model", "base_pretrained", PretrainedConfig),

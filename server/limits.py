@@ -16,6 +16,7 @@ from sottovoce.server.canary_device_limits import check_device_canaries
 from sottovoce.server.canary_setup import check_canaries
 from sottovoce.server.conditions_limits import check_conditions
 from sottovoce.server.device_limits import check_device_layer
+from sottovoce.server.live_limits import check_live
 from sottovoce.server.report_limits import check_level_reports
 from sottovoce.server.timeline_limits import check_timeline
 
@@ -51,6 +52,11 @@ LIMITS: dict[str, Limit] = {
     "population.devices": AT_LEAST_1,
     "population.held_out_devices": NOT_NEGATIVE,
     "population.max_examples_per_round": AT_LEAST_1,
+    "population.min_devices": AT_LEAST_1,
+    "population.min_cohort": AT_LEAST_1,
+    "population.wait_s": NOT_NEGATIVE,
+    "population.deadline_s": POSITIVE,
+    "population.reply_share": RATE,
     "task.max_length": AT_LEAST_2,
     "task.vocabulary.buckets": AT_LEAST_2,
     "model.embedding_size": AT_LEAST_1,
@@ -110,6 +116,8 @@ LIMITS: dict[str, Limit] = {
 }
 
 CHOICES: dict[str, tuple[str, ...]] = {
+    "population.upload_encoding": ("fp32", "fp16", "int8"),
+    "population.download_encoding": ("fp32", "fp16", "int8"),
     "task.vocabulary.source": ("auto", "grammar", "hash", "file", "training_text"),
     "audit.canaries": ("none", "natural", "mislabelled", "unique_token"),
     "strategy.sampler": ("activity", "uniform", "fixed_size"),
@@ -148,6 +156,7 @@ def validate(cfg: DictConfig) -> list[str]:
     check_timeline(cfg)
     check_device_canaries(cfg)
     check_canaries(cfg)
+    check_live(cfg)
     return list(_warnings(cfg))
 
 

@@ -27,6 +27,7 @@ from sottovoce.server.conditions_limits import projection_factor
 from sottovoce.server.conditions_setup import conditions_warnings, divisor, run_claims
 from sottovoce.server.device_canaries import canary_watch
 from sottovoce.server.limits import validate
+from sottovoce.server.live_run import placement_of
 from sottovoce.server.metrics_setup import CLAIM as MEASURED
 from sottovoce.server.metrics_setup import private_metrics
 from sottovoce.server.schedule_setup import (
@@ -70,7 +71,8 @@ def make_setup(
     participation = participation_of(config)
     sampler = sampler_of(experiment, source, participation)
     deltas = public_deltas(config, len(population))
-    ledger = state.ledger if state and state.round else new_ledger(config, sampler, deltas)
+    goes_on = state is not None and len(state.ledger) > 0
+    ledger = state.ledger if state and goes_on else new_ledger(config, sampler, deltas)
     claims = state.ledger.claims.get(CLAIM) if state else None
     mechanism, figures = device_mechanism(experiment, sampler, deltas, claims)
     for name, said in run_claims(experiment, sampler).items():
@@ -96,6 +98,7 @@ def make_setup(
         settings=settings, private_metrics=figures, divisor=divisor(experiment, sampler),
         projection=projection_factor(config),
         canaries=canary_watch(experiment, source, divisor(experiment, sampler)),
+        placement=placement_of(config),
     )
     limits = {
         unit: config.privacy[unit].max_epsilon for unit in deltas if config.privacy[unit].enabled

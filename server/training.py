@@ -28,8 +28,10 @@ from sottovoce.server.coordinator import Coordinator, Plan
 from sottovoce.server.device_canaries import CanaryFiles
 from sottovoce.server.evaluation import Evaluator
 from sottovoce.server.finish import write_results
+from sottovoce.server.gateway.gauges import gauges
 from sottovoce.server.metrics_setup import wanted
 from sottovoce.server.progress import Progress
+from sottovoce.server.schedule_setup import CLAIM as CORRELATED
 from sottovoce.server.setup import Setup, make_setup
 from sottovoce.server.timeline_setup import make_evaluator, round_facts
 from sottovoce.simulations.code_population import keep_codes
@@ -45,11 +47,12 @@ ENDED = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended. `status`: finished, budget_spent or interrupted."""
+    """How a run ended. `status`: finished, budget_spent, interrupted. `run`: a live one's name."""
 
     status: str
     reason: str | None
     summary: dict[str, Any]
+    run: str = ""
 
 
 def start_run(grid: Grid, folder: Path) -> Outcome:
@@ -78,16 +81,19 @@ def continue_run(
 
     `progress`: whether to show a bar, in place of the folder's own setting. `afresh`: whether
     fleets draw new batches and noise for a round that they are asked for again; what they may have
-    answered before is then booked as releases of their own.
+    answered before, and what the ledger on disk knows to have been released, is then booked as
+    releases of their own.
     """
     refuse_ended(folder)
     text = (folder / "config.yaml").read_text(encoding="utf-8")
     state, complaints = load_latest(folder / "checkpoints")
     source = NoiseSource.load(folder / "checkpoints")
     experiment = build_experiment(text)
+    settle_ledger(folder / "ledger.json")
+    if afresh:
+        keep_releases(folder / "ledger.json", state)
     setup = make_setup(experiment, source, state, text)
     setup.warnings += complaints
-    settle_ledger(folder / "ledger.json")
     for number in RequestLog(folder / "checkpoints").after(state.round) if afresh else ():
         setup.strategy.book_lost(number)
     discard_drafts(folder)
@@ -100,6 +106,25 @@ def settle_ledger(path: Path) -> None:
     """Finish what a killed process was about to append to the ledger. RunError where it is torn."""
     if path.exists():
         Ledger.load(path).save(path)
+
+
+def keep_releases(path: Path, state: RunState) -> None:
+    """Let `state` go on with the ledger on disk, where that knows of releases after the checkpoint.
+
+    They stay counted, and the rounds are released once more. RunError where their noise hangs
+    together with that of other rounds, so that none of it can be drawn anew.
+    """
+    if not path.exists():
+        return
+    ledger = Ledger.load(path)
+    if len(ledger) <= len(state.ledger):
+        return
+    if CORRELATED in ledger.claims:
+        raise RunError(
+            f"{path.parent} released more after its last whole checkpoint (round {state.round}), "
+            "with noise that is correlated over rounds and cannot be drawn anew: start a new run"
+        )
+    state.ledger = ledger
 
 
 def refuse_ended(folder: Path) -> None:
@@ -148,7 +173,7 @@ def _run(
         evaluator,
         setup.budget,
         Plan(config.rounds, config.run.evaluate_every),
-        [LedgerFile(folder), MetricsFile(folder), canaries, keeper, Bar(progress)],
+        [LedgerFile(folder), MetricsFile(folder), canaries, keeper, Bar(progress), *gauges(config)],
         RequestLog(folder / "checkpoints").on_request,
         round_facts(experiment.population, projection=projection_factor(config) != 1),
     )
@@ -175,7 +200,7 @@ def _run(
     if status != "interrupted":
         NoiseSource.forget(folder / "checkpoints")
         RequestLog(folder / "checkpoints").forget()
-    return Outcome(status, reason, summary)
+    return Outcome(status, reason, summary, str(config.population.get("run") or ""))
 
 
 def peak_memory_mb() -> float:

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from sottovoce.client.cohort import Draw
 from sottovoce.client.fleet import ABSENCES, PARTIAL, FleetReply, LocalTraining
-from sottovoce.simulations.cohort import Draw
 from sottovoce.simulations.conditions import Conditions, Work, check_partial_work
 
 

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from sottovoce.client.batches import BatchPlan
+from sottovoce.client.cohort import Draw
 from sottovoce.client.fleet import LocalTraining
 from sottovoce.client.training import sparse_table
-from sottovoce.simulations.cohort import Draw
 from sottovoce.strategies.levels import activity_levels
 
 WANTED = 16  # blocks of a cohort, where they are not too small or too large

@@ -26,13 +26,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sottovoce.client import descents
+from sottovoce.client.cohort import Draw
 from sottovoce.client.errors import ConfigError
 from sottovoce.client.examples import Examples
 from sottovoce.client.fleet import LocalTraining
 from sottovoce.client.groups import GroupData, LocalUpdates
 from sottovoce.privacy.audit.device_record import KINDS
 from sottovoce.privacy.audit.directions import Directions
-from sottovoce.simulations.cohort import Draw
 from sottovoce.simulations.hashing import draws, integers_below, stream
 from sottovoce.simulations.population import Population
 from sottovoce.simulations.population_layers import AddedDevices

@@ -16,9 +16,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sottovoce.client.alone import LoneTrainer
+from sottovoce.client.cohort import Chunk, Draw, chunks, cut_group, draw_cohort
 from sottovoce.client.coins import has_dropout
 from sottovoce.client.fleet import Fleet, FleetReply, LocalTraining
+from sottovoce.client.group_coins import GroupCoins
 from sottovoce.client.groups import GroupData, LocalUpdates
+from sottovoce.client.round_sum import Figures, Room, new_room, room_shapes
+from sottovoce.client.round_sum import RoundSum as RoundSum
 from sottovoce.client.tasks import Task
 from sottovoce.client.training import GroupTrainer
 from sottovoce.privacy.mechanisms.noise import NoiseSource
@@ -35,12 +39,8 @@ from sottovoce.simulations.blocks import (
     spans,
 )
 from sottovoce.simulations.canary_devices import canaries_of, direction_update
-from sottovoce.simulations.cohort import Chunk, Draw, chunks, cut_group, draw_cohort
-from sottovoce.simulations.coins import GroupCoins
 from sottovoce.simulations.group_size import ALONE, GroupSize, Way, possible_ways
 from sottovoce.simulations.population import Population
-from sottovoce.simulations.round_sum import Figures, Room, new_room, room_shapes
-from sottovoce.simulations.round_sum import RoundSum as RoundSum
 from sottovoce.simulations.workers import Workers, layout_of
 from sottovoce.strategies.levels import activity_levels
 

@@ -7,7 +7,6 @@ Nothing of a row is kept but numbers; the word table is one list.
 
 from __future__ import annotations
 
-import re
 from array import array
 from collections import defaultdict
 from collections.abc import Sequence
@@ -20,20 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sottovoce.client.errors import DataError
-from sottovoce.simulations.row_files import Fault, JsonLines, RowFormat, shown
-
-WORD = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]")
-
-
-def split_words(text: str) -> list[str]:
-    """Lower-cased words, with their inner apostrophes, and single punctuation marks.
-
-    `"Don't go, now."` -> `["don't", "go", ",", "now", "."]`.
-    """
-    lowered = text.lower()
-    if lowered.replace(" ", "").isalnum():  # most requests: the same words, several times faster
-        return lowered.split()
-    return WORD.findall(lowered)
+from sottovoce.client.rows import WORD as WORD
+from sottovoce.client.rows import Fault, check_intent, check_slots, shown, words_of
+from sottovoce.client.rows import split_words as split_words
+from sottovoce.simulations.row_files import JsonLines, RowFormat
 
 
 @dataclass(frozen=True)
@@ -120,7 +109,7 @@ class Reader:
             raise fault.at(path, self.unit, number) from None
 
     def _add(self, row: dict[str, Any], path: Path, number: int) -> None:
-        words = _words(row)
+        words = words_of(row)
         self.added += 1
         user = self._user_number(row, path, number)
         intent = self._intent_number(row)
@@ -157,8 +146,7 @@ class Reader:
             raise Fault(_only_some("intent", self.has_intents))
         if intent is None:
             return -1
-        if not isinstance(intent, str):
-            raise Fault(f"intent is {shown(intent)}, not a string: put it in quotes")
+        check_intent(intent)
         return self.intents.setdefault(intent, len(self.intents))
 
     def _slot_numbers(self, row: dict[str, Any], words: int) -> list[int]:
@@ -169,10 +157,7 @@ class Reader:
             raise Fault(_only_some("slots", self.has_slots))
         if tags is None:
             return []
-        _check_strings("slots", tags)
-        if len(tags) != words:
-            raise Fault(f"{words} tokens but {len(tags)} slots: give one BIO tag per token")
-        _check_bio(tags)
+        check_slots(tags, words)
         return [self.tags.setdefault(tag, len(self.tags)) for tag in tags]
 
 
@@ -187,42 +172,6 @@ def check_content(path: Path, rows: int, examples: bool) -> None:
         raise DataError(f"{path} is empty: give a file with one JSON object a line, or a table")
     if not examples:
         raise DataError(f"{path} has no example with a word in it: fill 'text' or 'tokens'")
-
-
-def _words(row: dict[str, Any]) -> list[str]:
-    tokens, text = row.get("tokens"), row.get("text")
-    if tokens is not None:
-        _check_strings("tokens", tokens)
-        words: list[str] = tokens
-        return words
-    if text is None:
-        raise Fault("neither 'text' nor 'tokens': give one of them")
-    if not isinstance(text, str):
-        raise Fault(f"text is {shown(text)}, not a string: put it in quotes")
-    return split_words(text)
-
-
-def _check_strings(name: str, values: Any) -> None:
-    if not isinstance(values, list):
-        raise Fault(f"{name} is {shown(values)}, not a list of strings: write [\"...\"]")
-    for value in values:
-        if not isinstance(value, str):
-            raise Fault(f"{name} holds {shown(value)}, not a string: put it in quotes")
-
-
-def _check_bio(tags: list[str]) -> None:
-    before = "O"
-    for place, tag in enumerate(tags, start=1):
-        if tag != "O":
-            if tag[:2] not in ("B-", "I-") or len(tag) < 3:
-                raise Fault(f"slot {place} is '{tag}': a tag is O, B-name or I-name")
-            if tag[0] == "I" and before[2:] != tag[2:]:
-                name = tag[2:]
-                raise Fault(
-                    f"slot {place} is '{tag}' after '{before}': an I-{name} follows B-{name} or"
-                    f" I-{name}, so write B-{name}"
-                )
-        before = tag
 
 
 def _only_some(field: str, before: bool) -> str:

@@ -9,12 +9,15 @@ from typing import Any
 from sottovoce.client.errors import ConfigError
 from sottovoce.simulations.assistant import AssistantConfig, AssistantPopulation
 from sottovoce.simulations.jsonl import JsonlConfig, JsonlPopulation
+from sottovoce.simulations.live_population import LiveConfig, LivePopulation
 from sottovoce.simulations.parquet import ParquetConfig, ParquetPopulation
 from sottovoce.simulations.population import Population
 
 NOT_OF_THE_SOURCE = {"name", "max_examples_per_round"}  # read by others from the same settings
 
-POPULATIONS: dict[str, type[AssistantConfig] | type[JsonlConfig] | type[ParquetConfig]] = {
+Kind = type[AssistantConfig] | type[JsonlConfig] | type[ParquetConfig] | type[LiveConfig]
+
+POPULATIONS: dict[str, Kind] = {
     "assistant": AssistantConfig,
     "jsonl": JsonlConfig,
     "snips": JsonlConfig,
@@ -22,6 +25,7 @@ POPULATIONS: dict[str, type[AssistantConfig] | type[JsonlConfig] | type[ParquetC
     "shakespeare": JsonlConfig,
     "chitchat": JsonlConfig,
     "parquet": ParquetConfig,
+    "live": LiveConfig,
 }
 
 
@@ -51,6 +55,10 @@ def make_population(config: Any, progress: bool = False) -> Population:
         return AssistantPopulation(**own)
     if own["path"] == "???":
         raise ConfigError("population.path is missing: set it to a JSONL file")
+    if kind is LiveConfig:
+        return LivePopulation(
+            own["path"], own["labels"], own["devices"], own["roster"], own["max_held_out_examples"]
+        )
     source = ParquetPopulation if kind is ParquetConfig else JsonlPopulation
     return source(name=name, progress=progress, **own)
 

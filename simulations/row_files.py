@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import codecs
 import gzip
-import json
 import zlib
 from collections.abc import Iterator
 from contextlib import closing
@@ -16,17 +15,11 @@ from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, Protocol, cast
 
 from sottovoce.client.errors import DataError
-
-_decode = json.JSONDecoder().decode
+from sottovoce.client.rows import Fault as Fault
+from sottovoce.client.rows import parse
+from sottovoce.client.rows import shown as shown
 
 Row = tuple[int, dict[str, Any] | None, int]  # number from 1, None for a blank one, mark after it
-
-
-class Fault(Exception):
-    """What is wrong with a row and what to do; `at` says where."""
-
-    def at(self, path: Path, unit: str, number: int) -> DataError:
-        return DataError(f"{path} {unit} {number}: {self}")
 
 
 class RowFile(Protocol):
@@ -70,7 +63,7 @@ class JsonLines:
             if number == 1:
                 line = line.removeprefix(codecs.BOM_UTF8)
             try:
-                row = None if not line or line.isspace() else _parse(line)
+                row = None if not line or line.isspace() else parse(line)
             except Fault as fault:
                 raise fault.at(self.path, self.unit, number) from None
             yield number, row, mark
@@ -105,23 +98,3 @@ def absent(path: Path) -> DataError:
         f"{path} does not exist: set population.path to a JSONL file, or SOTTOVOCE_DATA to the "
         "folder of the ready data sets"
     )
-
-
-def shown(value: Any) -> str:
-    """A value short enough for one line; containers by their kind only."""
-    if isinstance(value, dict | list):
-        return "an object" if isinstance(value, dict) else "a list"
-    return json.dumps(value, default=str)[:40]
-
-
-def _parse(line: bytes) -> dict[str, Any]:
-    try:
-        row = _decode(line.decode())
-    except UnicodeDecodeError as error:
-        raise Fault(f"not UTF-8 at byte {error.start}: convert the file to UTF-8") from None
-    except (json.JSONDecodeError, RecursionError) as error:
-        where = f"{error.msg} at column {error.colno}" if isinstance(error, ValueError) else "deep"
-        raise Fault(f"not valid JSON ({where}): fix or remove the line") from None
-    if not isinstance(row, dict):
-        raise Fault(f"{shown(row)} is not a JSON object: write one {{...}} a line")
-    return row

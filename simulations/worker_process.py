@@ -25,9 +25,9 @@ from torch import Tensor
 
 from sottovoce.client.errors import RunError
 from sottovoce.client.fleet import LocalTraining
+from sottovoce.client.round_sum import Figures, Room
 from sottovoce.simulations.blocks import Block
 from sottovoce.simulations.group_size import Way
-from sottovoce.simulations.round_sum import Figures, Room
 
 if TYPE_CHECKING:
     from sottovoce.simulations.fleet import SimulatedFleet

@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 
 from sottovoce.client.errors import RunError
+from sottovoce.client.round_sum import Figures, Room, room_shapes
 from sottovoce.simulations.blocks import Block
-from sottovoce.simulations.round_sum import Figures, Room, room_shapes
 from sottovoce.simulations.shared_memory import shared_tensors
 from sottovoce.simulations.worker_process import Emptied, Failure, Order, Partial, serve
 

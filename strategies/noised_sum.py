@@ -38,6 +38,7 @@ from sottovoce.strategies.canary_watch import CanaryWatch
 from sottovoce.strategies.levels import activity_levels
 from sottovoce.strategies.optimizers import ServerOptimizer
 from sottovoce.strategies.participation import Participation
+from sottovoce.strategies.placement import AnyNode, Placement
 from sottovoce.strategies.projection import projected
 from sottovoce.strategies.samplers import Sampler
 from sottovoce.strategies.windowed import Row, WindowedParticipation
@@ -78,7 +79,7 @@ class NoisedSum(Strategy):
     `divisor`: of the noised sums, a public constant; None: the sampler's expected cohort.
     `projection`: devices for which each one that trains stands; other than 1, nothing is
     guaranteed of this run (`sottovoce.strategies.projection`). `canaries`: who watches the run's
-    canary devices, if it has any.
+    canary devices, if it has any. `placement`: of devices on nodes; None: any node will do.
 
     *Guarantee*: device unit, observer `release`: the mechanism's, at the sampler's rates where it
     is not correlated, every round an event in `ledger`; example unit, observer `server`: the
@@ -105,12 +106,14 @@ class NoisedSum(Strategy):
         divisor: float | None = None,
         projection: float = 1.0,
         canaries: CanaryWatch | None = None,
+        placement: Placement | None = None,
     ) -> None:
+        self.placement: Placement = placement or AnyNode()
         self.canaries = canaries
         self.private_metrics = private_metrics
         self.divisor = sampler.expected_cohort_size if divisor is None else divisor
         self.projection = projection
-        self.lost: set[int] = set()  # rounds asked for before, whose figures may be out already
+        self.lost = Counter[int]()  # rounds asked for before, whose figures may be out: how often
         self.sampler, self.activity, self.optimizer = sampler, activity, optimizer
         self.mechanism, self.training, self.ledger = mechanism, training, ledger
         self.participation, self.source, self.settings = participation, source, settings
@@ -119,30 +122,29 @@ class NoisedSum(Strategy):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
-        """One message for each fleet that hosts a sampled device (device id modulo fleets)."""
-        devices = self.participation.allowed(self.sampler.sample(server_round), server_round)
+        """One message for each fleet that hosts a sampled device (`placement`)."""
+        drawn = self.sampler.sample(server_round, self.lost[server_round])
+        devices = self.participation.allowed(drawn, server_round)
         if self.canaries is not None:
             devices = self.canaries.admit(devices)
         reported = self.sampler.reported
         levels = self._levels(devices, server_round) if reported is None else reported[devices]
         self.current = Round(server_round, to_tensors(arrays), devices, levels)
-        nodes = sorted(grid.get_node_ids())
-        if not nodes:
-            raise RunError("no fleet is connected: start at least one node")
         mechanism = self.mechanism
         clip_norm = mechanism.clip_norm if isinstance(mechanism, AdaptiveMechanism) else None
         messages = []
-        for place, node in enumerate(nodes):
-            share = devices[devices % len(nodes) == place]
-            if len(share):
-                asked = levels[devices % len(nodes) == place]
-                self.current.sent[node] = Counter(asked.tolist())
-                content = train_content(
-                    arrays, share, server_round, self.settings, clip_norm,
-                    None if reported is None else asked,
-                )
-                group = str(server_round)
-                messages.append(Message(content, node, "train", group_id=group))
+        for place, share in enumerate(self.placement.shares(devices, grid)):
+            asked = levels[share.rows]
+            node = -1 - place if share.node is None else share.node
+            self.current.sent[node] = Counter(asked.tolist())
+            if share.node is None:
+                continue
+            told = reported is not None or share.members is not None
+            content = train_content(
+                arrays, devices[share.rows], server_round, self.settings, clip_norm,
+                asked if told else None, share.members,
+            )
+            messages.append(Message(content, node, "train", group_id=str(server_round)))
         return messages
 
     def aggregate_train(
@@ -181,9 +183,10 @@ class NoisedSum(Strategy):
         Nodes draw other batches and noise the second time, so for the `server`, who may have seen
         both, a device's examples were released twice. Every level pays for a participation with
         that round's noise, beside those that are counted. Private metrics of the round, which may
-        be out with the noise that would be drawn again, are not released a second time.
+        be out with the noise that would be drawn again, are not released a second time. The round
+        itself gets a new sample and new central noise.
         """
-        self.lost.add(server_round)
+        self.lost[server_round] += 1
         example, plan = self.training.at(server_round).example, self.training.plan
         if example is not None and isinstance(self.participation, WindowedParticipation):
             raise RunError(
@@ -197,6 +200,15 @@ class NoisedSum(Strategy):
                 [(level, plan.rate(level), plan.steps(level, 1 << level)) for level in levels],
                 server_round,
             ))
+
+    def _generator(self, purpose: str, server_round: int) -> np.random.Generator:
+        """Of the coordinator's noise for a round: a round done again has its own.
+
+        A release with the same noise as one that may be out already would show the difference of
+        the two sums.
+        """
+        again = (self.lost[server_round],) if self.lost[server_round] else ()
+        return self.source.generator(purpose, server_round, *again)
 
     def events_ahead(self) -> list[Event]:
         """Events that the next round may at most append: what a budget stop must reckon with."""
@@ -252,7 +264,7 @@ class NoisedSum(Strategy):
         )
         if local and self.projection != 1:
             raise RunError("devices' own noise cannot stand for that of a larger cohort")
-        generator = self.source.generator(CENTRAL_NOISE, server_round)
+        generator = self._generator(CENTRAL_NOISE, server_round)
         return mechanism.release(total.sums, local, generator), mechanism.deviation
 
     def _observe(self, total: FleetReply, server_round: int) -> None:
@@ -260,7 +272,7 @@ class NoisedSum(Strategy):
         if isinstance(self.mechanism, AdaptiveMechanism):
             devices = sum(total.devices_by_level.values())
             clipped = total.totals.get("clipped_devices", 0.0)
-            generator = self.source.generator(COUNT_NOISE, server_round)
+            generator = self._generator(COUNT_NOISE, server_round)
             self.mechanism.observe(devices, clipped, generator)
 
     def mechanism_state(self) -> Tensors:

@@ -64,8 +64,8 @@ class _PeriodSampler(Sampler):
             ids[levels == level].astype(np.int32) for level in range(MAX_LEVEL + 1)
         ]
 
-    def sample(self, round: int) -> NDArray[np.int64]:
-        generator, drawn = self._generator(round), []
+    def sample(self, round: int, attempt: int = 0) -> NDArray[np.int64]:
+        generator, drawn = self._generator(round, attempt), []
         for level, members in enumerate(self._members):
             size = generator.binomial(len(members), self.rates[level])
             drawn.append(members[chosen(generator, len(members), size)])
@@ -106,8 +106,8 @@ class PeriodSampler(Sampler):
         super().__init__(len(population), rates, expected, _mean(self.known), seed)
         self._current: tuple[int, _PeriodSampler] | None = None
 
-    def sample(self, round: int) -> NDArray[np.int64]:
-        return self.at(round).sample(round)
+    def sample(self, round: int, attempt: int = 0) -> NDArray[np.int64]:
+        return self.at(round).sample(round, attempt)
 
     def at(self, round: int) -> Sampler:
         """The sampler of a round's period; the last one asked for is kept."""

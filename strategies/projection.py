@@ -39,9 +39,9 @@ class ProjectedSampler(Sampler):
             whole.devices, whole.rates, whole.expected_cohort_size, whole.counts, whole.seed
         )
 
-    def sample(self, round: int) -> NDArray[np.int64]:
+    def sample(self, round: int, attempt: int = 0) -> NDArray[np.int64]:
         """Ids of the devices that are simulated, sorted."""
-        drawn = self.whole.sample(round)
+        drawn = self.whole.sample(round, attempt)
         seeds = np.random.SeedSequence((_STREAM, self.whole.seed, round))
         return drawn[np.random.default_rng(seeds).random(len(drawn)) < self.share]
 

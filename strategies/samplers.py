@@ -90,8 +90,8 @@ class ActivitySampler(Sampler):
         self.public_rates = total_weight is not None or found.public
         super().__init__(len(levels), found.by_level, found.expected_cohort, counts, seed)
 
-    def sample(self, round: int) -> NDArray[np.int64]:
-        generator = self._generator(round)
+    def sample(self, round: int, attempt: int = 0) -> NDArray[np.int64]:
+        generator = self._generator(round, attempt)
         drawn = []
         for level, members in enumerate(self._members):
             size = generator.binomial(len(members), self.rates[level])

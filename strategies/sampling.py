@@ -67,8 +67,11 @@ class Sampler(ABC):
         self.seed = int(entropy) if isinstance(entropy, int) else 0
 
     @abstractmethod
-    def sample(self, round: int) -> NDArray[np.int64]:
-        """Ids of the devices in `round`, sorted; may be empty."""
+    def sample(self, round: int, attempt: int = 0) -> NDArray[np.int64]:
+        """Ids of the devices in `round`, sorted; may be empty.
+
+        `attempt`: 1, 2, … where the round is done again: drawn by other coins.
+        """
 
     def rates_at(self, round: int) -> dict[int, float]:
         """Inclusion probability of a device at each level in `round`."""
@@ -122,8 +125,9 @@ class Sampler(ABC):
             "level_counts": "unknown" if self.counts is None else self.counts.source,
         }
 
-    def _generator(self, round: int) -> np.random.Generator:
-        return np.random.default_rng(np.random.SeedSequence((_STREAM, self.seed, round)))
+    def _generator(self, round: int, attempt: int) -> np.random.Generator:
+        again = (attempt,) if attempt else ()
+        return np.random.default_rng(np.random.SeedSequence((_STREAM, self.seed, round, *again)))
 
 
 class UniformSampler(Sampler):
@@ -143,8 +147,8 @@ class UniformSampler(Sampler):
         self.rate = cohort_size / devices
         super().__init__(devices, _everywhere(self.rate), cohort_size, counts, seed)
 
-    def sample(self, round: int) -> NDArray[np.int64]:
-        generator = self._generator(round)
+    def sample(self, round: int, attempt: int = 0) -> NDArray[np.int64]:
+        generator = self._generator(round, attempt)
         return chosen(generator, self.devices, generator.binomial(self.devices, self.rate))
 
 
@@ -171,8 +175,8 @@ class FixedSizeSampler(Sampler):
         self.size = int(cohort_size)
         super().__init__(devices, _everywhere(cohort_size / devices), cohort_size, counts, seed)
 
-    def sample(self, round: int) -> NDArray[np.int64]:
-        return chosen(self._generator(round), self.devices, self.size)
+    def sample(self, round: int, attempt: int = 0) -> NDArray[np.int64]:
+        return chosen(self._generator(round, attempt), self.devices, self.size)
 
 
 def _everywhere(rate: float) -> dict[int, float]:

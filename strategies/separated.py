@@ -61,8 +61,8 @@ class SeparatedSampler(Sampler):
         everyone = dict.fromkeys(range(MAX_LEVEL + 1), 1.0)
         super().__init__(len(levels), everyone, cohort_size, counts, seed)
 
-    def sample(self, round: int) -> NDArray[np.int64]:
-        generator, barred = self._generator(round), self.participation.barred(round)
+    def sample(self, round: int, attempt: int = 0) -> NDArray[np.int64]:
+        generator, barred = self._generator(round, attempt), self.participation.barred(round)
         found = np.zeros(0, dtype=np.int64)
         for _ in range(_TRIES):
             missing = self.size - len(found)

@@ -10,9 +10,9 @@ from reference import train_device
 from small_fleets import noise_stream, slow_noise
 from torch import Tensor, nn
 
+from sottovoce.client.cohort import Draw
 from sottovoce.client.fleet import ExampleClipping
 from sottovoce.client.training import sparse_table
-from sottovoce.simulations.cohort import Draw
 from sottovoce.simulations.fleet import SimulatedFleet
 
 Tensors = dict[str, Tensor]

@@ -11,6 +11,7 @@ from reference import train_device
 from torch import Tensor, nn
 
 from sottovoce.client.batches import BatchPlan
+from sottovoce.client.cohort import Draw, chunks, draw_cohort
 from sottovoce.client.fleet import (
     DeviceOptimizer,
     ExampleClipping,
@@ -25,7 +26,6 @@ from sottovoce.client.vocabulary import make_vocabulary
 from sottovoce.privacy.mechanisms.noise import NoiseSource
 from sottovoce.privacy.mechanisms.noise_streams import KEY_BYTES, NoiseStreams
 from sottovoce.simulations.assistant import AssistantPopulation
-from sottovoce.simulations.cohort import Draw, chunks, draw_cohort
 from sottovoce.simulations.fleet import SimulatedFleet
 
 SIZES = {

@@ -15,6 +15,7 @@ from small_fleets import CLIPPED, DEVICES, NOISED, assert_same, fleet, parameter
 from small_runs import FIXED_NOISE, metrics, resume, run, run_until_killed
 
 from sottovoce.client.batches import BatchPlan
+from sottovoce.client.cohort import Draw, draw_cohort
 from sottovoce.client.errors import ConfigError
 from sottovoce.client.fleet import FleetReply
 from sottovoce.privacy import Ledger, epsilon
@@ -25,7 +26,6 @@ from sottovoce.server.conditions_limits import asked_cohort
 from sottovoce.server.limits import validate
 from sottovoce.server.settings import compose
 from sottovoce.simulations.attendance import Attendance, attendance
-from sottovoce.simulations.cohort import Draw, draw_cohort
 from sottovoce.simulations.conditions import (
     Conditions,
     ConditionsConfig,

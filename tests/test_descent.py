@@ -225,13 +225,38 @@ def test_signal_and_noise_add_up_to_the_way_the_weights_went(
 ) -> None:
     training = LocalTraining(0.5, PLAN, NOISED, 0.3, optimizer)
     start = gradients(seed, 2)
-    descent = LocalDescent(training, copied(start), np.array([steps, 1]), noised=True)
-    for step in range(steps):
+    descent = LocalDescent(training, copied(start), np.array([steps + 1, 2]), noised=True)
+    for step in range(steps):  # all but the last, after which nobody reads the weights
         here = 2 if step == 0 else 1
         given, noise = gradients(seed + step, 2), gradients(500 + seed + step, 2)
         descent.step(step, first(here, given), first(here, noise))
     assert descent.noise is not None
+    still = 2 if steps == 1 else 1
     for name in SHAPES:
-        way = descent.signal[name] + descent.noise[name]
-        went = descent.weights[name] - start[name]
+        way = (descent.signal[name] + descent.noise[name])[:still]
+        went = (descent.weights[name] - start[name])[:still]
         torch.testing.assert_close(went, way, rtol=1e-4, atol=1e-4)
+
+
+@SMALL
+@given(size=st.sampled_from([0.01, 0.2, 5.0]), seed=st.integers(0, 99))
+def test_gradients_known_to_be_short_are_left_as_projecting_them_would(
+    size: float, seed: int
+) -> None:
+    training = LocalTraining(0.5, PLAN, NOISED, 0.3, DeviceOptimizer())
+    start, steps = gradients(seed, 3), np.array([3, 2, 1])
+    known, measured = (
+        LocalDescent(training, copied(start), steps, noised=True) for _ in range(2)
+    )
+    for step in range(3):
+        here = int((steps > step).sum())
+        given = {n: size * (1 + 9 * (seed % 2)) * g for n, g in gradients(seed + step, 3).items()}
+        given["w"][0] *= 0.001
+        mine = first(here, given)
+        longest = stacked_norms({n: g.double() for n, g in mine.items()})
+        known.step(step, copied(mine), first(here, gradients(7, 3)), longest=longest)
+        measured.step(step, copied(mine), first(here, gradients(7, 3)))
+    known.finish(), measured.finish()
+    assert torch.equal(known.clipped, measured.clipped)
+    for name in start:
+        torch.testing.assert_close(known.signal[name], measured.signal[name])

@@ -22,11 +22,11 @@ from small_fleets import (
 )
 
 from sottovoce.client.batches import BatchPlan
+from sottovoce.client.cohort import draw_cohort
 from sottovoce.client.descents import stacked_norms
 from sottovoce.client.errors import ConfigError
 from sottovoce.client.fleet import DeviceOptimizer, ExampleClipping, LocalTraining
 from sottovoce.client.training import sparse_table
-from sottovoce.simulations.cohort import draw_cohort
 from sottovoce.strategies.levels import activity_levels
 
 

@@ -21,6 +21,7 @@ from small_fleets import (
 )
 from torch import Tensor
 
+from sottovoce.client.cohort import draw_cohort
 from sottovoce.client.descents import LocalDescent, stacked_norms
 from sottovoce.client.errors import ConfigError
 from sottovoce.client.fleet import DeviceOptimizer, ExampleClipping, FleetReply
@@ -29,7 +30,6 @@ from sottovoce.client.thresholds import QuantileThresholds
 from sottovoce.client.training import sparse_table
 from sottovoce.privacy.mechanisms.noise import NoiseSource
 from sottovoce.privacy.optimizer.descent import AdamBC
-from sottovoce.simulations.cohort import draw_cohort
 from sottovoce.simulations.fleet import SimulatedFleet
 from sottovoce.strategies.levels import activity_levels
 

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from sottovoce.client.batch_draws import draw_visits
 from sottovoce.client.batches import BatchPlan, draw_batches, largest
 from sottovoce.privacy.mechanisms.noise_streams import KEY_BYTES, NoiseStreams
 from sottovoce.privacy.mechanisms.philox import philox
-from sottovoce.simulations.batch_draws import draw_visits
 from sottovoce.strategies.levels import activity_levels
 
 KEYS = [bytes([k + 1]) * KEY_BYTES for k in range(5)]

@@ -16,6 +16,7 @@ from small_fleets import DEVICES, fleet, parameters_of
 from small_runs import metrics, run, summary
 
 from sottovoce.client.batches import BatchPlan
+from sottovoce.client.cohort import draw_cohort
 from sottovoce.client.errors import ConfigError
 from sottovoce.privacy.accounting.accountants import epsilon
 from sottovoce.privacy.accounting.events import GaussianEvent
@@ -24,7 +25,6 @@ from sottovoce.privacy.mechanisms.noise import NoiseSource
 from sottovoce.server.limits import validate
 from sottovoce.server.settings import compose
 from sottovoce.simulations.assistant import AssistantPopulation
-from sottovoce.simulations.cohort import draw_cohort
 from sottovoce.strategies.levels import activity_levels
 from sottovoce.strategies.rates import ActivityWeight
 from sottovoce.strategies.reports import (

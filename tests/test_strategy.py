@@ -27,6 +27,7 @@ from sottovoce.privacy.mechanisms.noise import NoiseSource
 from sottovoce.server.budget import RunBudget, touched
 from sottovoce.server.callbacks import RequestLog
 from sottovoce.server.checkpoints import RunState, load_checkpoint, save_checkpoint
+from sottovoce.server.training import keep_releases
 from sottovoce.simulations.grid import LocalGrid
 from sottovoce.strategies.levels import activity_levels
 from sottovoce.strategies.noised_sum import NoisedSum
@@ -507,6 +508,53 @@ def test_without_noise_on_devices_a_lost_round_books_nothing() -> None:
     ours = strategy()
     ours.book_lost(1)
     assert not ours.ledger.events
+
+
+def released(ours: NoisedSum, number: int) -> tuple[list[int], Tensor]:
+    """Who was asked in a round, and what was released of it."""
+    parameters, _ = one_round(ours, fleets(all_dropped, 1), number)  # pure noise, then
+    assert ours.current is not None
+    return ours.current.devices.tolist(), torch.cat([t.flatten() for t in parameters.values()])
+
+
+def test_a_round_done_again_has_other_coins_and_other_noise() -> None:
+    """With the same noise, the difference of two releases would show their sums' difference."""
+    mechanism = DeviceMechanism(1.0, 1.0, 0.0)
+    first, noise = released(strategy(mechanism), 2)
+    same, same_noise = released(strategy(mechanism), 2)
+    assert same == first and torch.equal(noise, same_noise)
+    seen = [noise]
+    for times in (1, 2):
+        ours = strategy(mechanism)
+        for _ in range(times):
+            ours.book_lost(2)
+        devices, again = released(ours, 2)
+        assert devices != first
+        assert all(bool((again != other).all()) for other in seen)
+        seen.append(again)
+        _, next_round = released(ours, 3)
+        assert torch.equal(next_round, released(strategy(mechanism), 3)[1])
+
+
+def test_a_resumed_run_keeps_the_releases_that_its_checkpoint_does_not_know(
+    tmp_path: Path,
+) -> None:
+    ours = strategy(DeviceMechanism(1.0, 1.0, 0.0))
+    one_round(ours, fleets(honest, 1), 1)
+    state = RunState(1, PARAMETERS, ledger=Ledger(ours.ledger.events))
+    one_round(ours, fleets(honest, 1), 2)
+    ours.ledger.save(tmp_path / "ledger.json")
+    keep_releases(tmp_path / "ledger.json", state)
+    assert state.ledger.events == ours.ledger.events and len(state.ledger) == 2
+
+
+def test_correlated_noise_cannot_be_drawn_anew(tmp_path: Path) -> None:
+    ahead = Ledger([], claims={"correlated_noise": {}})
+    ahead.append(GaussianEvent(noise_multiplier=1.0, sampling="none", by_level=((0, 1.0, 1),),
+                               unit="device", relation="zero_out", observer="release"))
+    ahead.save(tmp_path / "ledger.json")
+    with pytest.raises(RunError, match="start a new run"):
+        keep_releases(tmp_path / "ledger.json", RunState(1, PARAMETERS))
 
 
 def test_every_request_is_on_disk_before_a_message_leaves(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from sottovoce.client.models.base import Shape, TextModel
 from sottovoce.client.models.bilstm import BiLSTM
 from sottovoce.client.models.causal_transformer import CausalTransformer
 from sottovoce.client.models.fine_tuning import make_pretrained
-from sottovoce.client.models.initialise import initialise
+from sottovoce.client.models.initialise import Unborn, initialise
 from sottovoce.client.models.lstm import LSTM
 from sottovoce.client.models.pretrained import Pretrained
 from sottovoce.client.models.transformer import Transformer
@@ -46,9 +46,10 @@ def make_model(name: str, task: Task, *, generator: torch.Generator, **sizes: An
             f"model={name} has no model.{size}={given[size]}: it takes {', '.join(sorted(known))}"
         )
     shape = Shape(task.vocabulary.size, task.max_length, task.outputs)
-    with torch.device("meta"):  # torch's own first weights would come from the global generator
+    with Unborn():  # torch's own first weights would come from the global generator
         model = model_class(shape, model_class.sizes(**given))
-    model.to_empty(device="cpu")
+    with_memory: Any = model._apply
+    with_memory(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
     initialise(model, generator=generator)
     return model
 

@@ -48,7 +48,7 @@ def observed_update(
     Raises DataError where the device's draw of the round is empty or its update not finite: another
     device or round has something to look at.
     """
-    from sottovoce.simulations.cohort import draw_cohort
+    from sottovoce.client.cohort import draw_cohort
 
     ids = np.array([device], dtype=np.int64)
     training = fleet.training.at(server_round)

@@ -227,7 +227,8 @@ def _backward_pass(grouped: Grouped, losses: Tensor) -> None:
     if not losses.requires_grad:
         raise UnsupportedLayer("the losses do not depend on any trainable parameter")
     names, tensors = list(grouped.parameters), list(grouped.parameters.values())
-    grads = torch.autograd.grad(losses, tensors, torch.ones_like(losses), allow_unused=True)
+    # A sum, not ones as output gradients: those would make torch import its symbolic shapes.
+    grads = torch.autograd.grad(losses.sum(), tensors, allow_unused=True)
     stray = [name for name, grad in zip(names, grads, strict=True) if grad is not None]
     if stray:
         grouped.tape.take(0, check=False)

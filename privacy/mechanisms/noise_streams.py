@@ -15,13 +15,12 @@ of what a generator for each of them would.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from numpy.typing import NDArray
-from scipy.special import ndtri
 from torch import Tensor
 
 KEY_BYTES = 32
@@ -29,6 +28,8 @@ WORD = 4  # bytes
 START = bytes(16)  # of the counter: every key is used for one stream only
 TAIL_WORDS = 1 << 19  # at either end of the words: every 4096th of all
 ENDS = (1 << 31) - TAIL_WORDS
+AT_ONCE = 1 << 16  # words that pass from cipher to normals while they are in the processor's cache
+ZEROS = memoryview(bytes(WORD * AT_ONCE))  # what the cipher turns into its key stream
 
 
 class NoiseStreams:
@@ -50,29 +51,48 @@ class NoiseStreams:
 
         n = len(counts): the first n streams are asked. `deviation`: of all, or of each (n,).
         """
-        words = np.empty(sum(counts), dtype=np.int32)
-        source = memoryview(bytes(WORD * max(counts, default=0)))
-        ends = np.cumsum([0, *counts])
-        for stream, count, end in zip(self._streams, counts, ends[1:].tolist(), strict=False):
-            if count:
-                target = words[end - count : end].data.cast("B")
-                stream.update_into(source[: WORD * count], target)
-        normals = torch.from_numpy(words).to(torch.float32).mul_(2.0**-31).erfinv_()
-        near = words.view(np.uint32) - np.uint32(ENDS) < 2 * TAIL_WORDS  # modulo 2^32
-        where = np.flatnonzero(near)
+        flat = self.flat(counts, 1.0 if isinstance(deviation, Tensor) else deviation)
+        rows = _padded(flat, np.cumsum([0, *counts]))
+        return rows.mul_(deviation.unsqueeze(1)) if isinstance(deviation, Tensor) else rows
+
+    def flat(self, counts: Sequence[int], deviation: float = 1.0) -> Tensor:
+        """(sum(counts),): the draws of one stream after another, `counts[k]` of stream k."""
+        normals = torch.empty(sum(counts), dtype=torch.float32)
+        words = np.empty(min(len(normals), AT_ONCE), dtype=np.int32)
+        places, signs, done = [], [], 0
+        for pieces in _portions(counts):
+            size = self._fill(words, pieces)
+            part = normals[done : done + size]
+            part.copy_(torch.from_numpy(words[:size])).mul_(2.0**-31).erfinv_()
+            part.mul_(deviation * math.sqrt(2))
+            near = words[:size].view(np.uint32) - np.uint32(ENDS) < 2 * TAIL_WORDS  # modulo 2^32
+            found = np.flatnonzero(near)
+            places.append(found + done)
+            signs.append(words[found])
+            done += size
+        where = np.concatenate(places) if places else np.zeros(0, dtype=np.int64)
         if len(where):
-            self._redraw(normals.numpy(), words, where, ends)
-        scale = deviation.unsqueeze(1) if isinstance(deviation, Tensor) else deviation
-        return _padded(normals, ends).mul_(scale * math.sqrt(2))
+            self._redraw(normals, np.concatenate(signs), where, np.cumsum([0, *counts]), deviation)
+        return normals
+
+    def _fill(self, words: NDArray[np.int32], pieces: list[tuple[int, int]]) -> int:
+        """The next words of some streams, one stream after another; how many those are."""
+        target, done = words.data.cast("B"), 0
+        for stream, size in pieces:
+            end = done + WORD * size
+            self._streams[stream].update_into(ZEROS[: WORD * size], target[done:end])
+            done = end
+        return done // WORD
 
     def _redraw(
         self,
-        normals: NDArray[np.float32],
-        words: NDArray[np.int32],
+        normals: Tensor,
+        signs: NDArray[np.int32],
         where: NDArray[np.int64],
         ends: NDArray[np.int64],
+        deviation: float,
     ) -> None:
-        """Draw the sizes of the normals (times sqrt(1/2)) at `where` (m,), stream after stream."""
+        """Draw the sizes of the normals at `where` (m,), stream after stream, with these signs."""
         owners = np.searchsorted(ends, where, side="right") - 1
         streams, found = np.unique(owners, return_counts=True)
         bits = [
@@ -80,8 +100,25 @@ class NoiseStreams:
             for k, count in zip(streams.tolist(), found.tolist(), strict=True)
         ]
         uniform = (np.frombuffer(b"".join(bits), dtype="<u8") >> np.uint64(12)) + 0.5
-        size = -ndtri(uniform * (2.0**-52 * TAIL_WORDS / 2.0**32)) * math.sqrt(0.5)
-        normals[where] = np.copysign(size, words[where])
+        below = torch.from_numpy(uniform * (2.0**-52 * TAIL_WORDS / 2.0**32))
+        size = torch.special.ndtri(below).mul_(-deviation).numpy()
+        normals.numpy()[where] = np.copysign(size, signs)
+
+
+def _portions(counts: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
+    """Which streams give how many words, in order, at most `AT_ONCE` together."""
+    pieces: list[tuple[int, int]] = []
+    room = AT_ONCE
+    for stream, count in enumerate(counts):
+        while count:
+            size = min(count, room)
+            pieces.append((stream, size))
+            count, room = count - size, room - size
+            if not room:
+                yield pieces
+                pieces, room = [], AT_ONCE
+    if pieces:
+        yield pieces
 
 
 def _padded(flat: Tensor, ends: NDArray[np.int64]) -> Tensor:

@@ -7,11 +7,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from sottovoce.client.cohort import Draw
 from sottovoce.client.figures import bounded_figures
 from sottovoce.client.fleet import FleetReply, LocalTraining
 from sottovoce.client.groups import GroupData, LocalUpdates
 from sottovoce.client.training import sparse_table
-from sottovoce.simulations.cohort import Draw
 
 Figures = tuple[dict[int, int], int, dict[str, float]]  # devices by level, dropped, totals
 Room = dict[str, Tensor]  # what a sum is kept in: float64, see `room_shapes`
@@ -24,7 +24,8 @@ class RoundSum:
     """The sum of clipped updates, with the noise that no device's training ever sees.
 
     A device's noise on an embedding row that its text never touched does not enter its training,
-    only the sum; neither does that of its last step (`LocalUpdates.owed`). Independent Gaussians
+    only the sum; neither does that of its last step (`LocalUpdates.owed`), nor that on a row after
+    it was read last (`LocalUpdates.materialised` says what was drawn). Independent Gaussians
     add up to one of their summed variance, so those draws are made once for the sum: exact in
     distribution.
 
@@ -59,11 +60,12 @@ class RoundSum:
         touched = torch.from_numpy(data.touched)[kept]
         parts = [updates.signal] if updates.noise is None else [updates.signal, updates.noise]
         for name, total in self.sums.items():
+            if name == self.table:
+                whole = parts[0][name] if len(parts) == 1 else parts[0][name] + parts[1][name]
+                _scatter(total, touched.flatten(), whole[kept].flatten(0, 1))
+                continue
             for part in parts:
-                if name == self.table:
-                    _scatter(total, touched.flatten(), part[name][kept].flatten(0, 1))
-                else:
-                    total += (keep.float() @ part[name].reshape(here, -1)).view(total.shape)
+                total += (keep.float() @ part[name].reshape(here, -1)).view(total.shape)
         levels = np.array([draw.level for draw in draws], dtype=np.int64)[keep.numpy()]
         for level, devices in enumerate(np.bincount(levels).tolist()):
             if devices:
@@ -73,17 +75,28 @@ class RoundSum:
             owed = updates.owed[kept]
             self.lent += owed.sum()
         if self.table is not None:
-            self._owe(levels, touched, data.touched_counts[keep.numpy()], owed)
+            drawn = updates.materialised
+            drawn = None if drawn is None else drawn[kept]
+            self._owe(levels, touched, data.touched_counts[keep.numpy()], owed, drawn)
         self._count(updates, keep)
 
     def _owe(
-        self, levels: NDArray[np.int64], touched: Tensor, counts: NDArray[np.int64], owed: Tensor
+        self,
+        levels: NDArray[np.int64],
+        touched: Tensor,
+        counts: NDArray[np.int64],
+        owed: Tensor,
+        drawn: Tensor | None,
     ) -> None:
-        """Note the rows that devices of `levels` touched, the first `counts` of each."""
+        """Note the rows that devices of `levels` touched, the first `counts` of each.
+
+        `drawn`: (n, U) variance that their noise in those rows has; None: all of it but `owed`.
+        """
         variances = np.array([self._variance(level) for level in levels.tolist()])
         if variances.any():
             own = torch.arange(touched.shape[1]) < torch.from_numpy(counts).unsqueeze(1)
             each = (torch.from_numpy(variances) - owed).unsqueeze(1).expand(own.shape)
+            each = each if drawn is None else drawn
             self.touched.index_add_(0, touched[own], each[own])
 
     def _variance(self, level: int) -> float:

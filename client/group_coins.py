@@ -1,16 +1,16 @@
-"""The keyed randomness of a group of simulated devices: each one's own noise and coins."""
+"""The keyed randomness of a group of devices: each one's own noise and coins."""
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sottovoce.client.cohort import Draw
 from sottovoce.client.coins import HIGH, LOW, example_coins
 from sottovoce.client.fleet import LocalTraining
 from sottovoce.client.groups import DeviceNoise, GroupData
 from sottovoce.privacy.mechanisms.noise import NoiseSource
 from sottovoce.privacy.mechanisms.noise_streams import KEY_BYTES, NoiseStreams
-from sottovoce.simulations.cohort import Draw
 
 
 class GroupCoins:

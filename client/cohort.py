@@ -7,27 +7,40 @@ here is done device by device but making its `Draw`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sottovoce.client.batch_draws import Visits, draw_visits
 from sottovoce.client.batches import BatchPlan
 from sottovoce.client.errors import ConfigError
+from sottovoce.client.examples import Examples
 from sottovoce.client.groups import GroupData
 from sottovoce.client.tasks import Batch, Task
 from sottovoce.privacy.mechanisms.noise import NoiseSource
-from sottovoce.simulations.batch_draws import Visits, draw_visits
-from sottovoce.simulations.population import Population
 from sottovoce.strategies.levels import activity_levels
 
 MARKED = 1 << 20  # cells of a table of all words of a group up to which it beats sorting
 
 Ints = NDArray[np.int64]
+
+
+class Holders(Protocol):
+    """Devices and their examples: a population, or a real device that holds its own.
+
+    `activity`: (devices,) examples of each. `examples`: as `Population.examples`.
+    """
+
+    @property
+    def activity(self) -> NDArray[np.unsignedinteger[Any]]: ...
+
+    def examples(self, devices: Ints, indices: Sequence[Ints] | None = None) -> Examples: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +73,7 @@ class Chunk:
 
 
 def draw_cohort(
-    population: Population,
+    population: Holders,
     devices: Ints,
     plan: BatchPlan,
     server_round: int,
@@ -80,8 +93,23 @@ def draw_cohort(
         )
     activity = population.activity[devices]
     levels = activity_levels(activity) if reported is None else reported
+    return draw_at(devices, levels, activity.astype(np.int64), plan, server_round, source)
+
+
+def draw_at(
+    devices: Ints,
+    levels: NDArray[np.uint8],
+    counts: Ints,
+    plan: BatchPlan,
+    server_round: int,
+    source: NoiseSource,
+) -> list[Draw]:
+    """As `draw_cohort`, of devices that have `counts` (devices,) examples and stand at `levels`.
+
+    Rates and steps of Poisson batches follow the level, whatever the count is.
+    """
     key = source.key("local batches", server_round)
-    visits, steps = draw_visits(plan, devices, levels, activity.astype(np.int64), key)
+    visits, steps = draw_visits(plan, devices, levels, counts, key)
     batches = _batches(visits, steps)
     starts = np.append(0, np.cumsum(steps))
     rows = np.bincount(visits.owner, minlength=len(devices))
@@ -98,7 +126,7 @@ def _batches(visits: Visits, steps: Ints) -> list[Ints]:
     return [visits.row[a:b] for a, b in zip([0, *ends], ends, strict=False)]
 
 
-def chunks(population: Population, task: Task, draws: list[Draw], size: int) -> Iterator[Chunk]:
+def chunks(population: Holders, task: Task, draws: list[Draw], size: int) -> Iterator[Chunk]:
     """The draws in chunks of `size` devices, with their examples gathered and collated."""
     for start in range(0, len(draws), size):
         part = draws[start : start + size]

@@ -1,0 +1,1 @@
+"""The gateway: a fleet of real devices, served over gRPC."""
