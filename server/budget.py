@@ -55,6 +55,7 @@ class RunBudget:
 
     def exceeded_by(self, strategy: NoisedSum) -> str | None:
         """Why the next round may not run: it could pass a limit. None if it may."""
+        self._catch_up(strategy.ledger)  # a resumed run may have booked lost rounds
         ahead: list[Event] = strategy.events_ahead()
         for unit, limit in self.limits.items():
             planned = [event for event in ahead if event.unit == unit]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,15 +44,29 @@ class RequestLog:
         return self.folder / "requests.log"
 
     def on_request(self, number: int) -> None:
+        self._write(number)
+
+    def booked(self, number: int) -> None:
+        """Note that the ledger on disk has one lost request of a round."""
+        self._write(-number)
+
+    def after(self, last_round: int) -> list[int]:
+        """Rounds after `last_round` that were asked for, one entry for each time."""
+        return sorted(number for number in self._numbers() if number > last_round)
+
+    def booked_after(self, last_round: int) -> Counter[int]:
+        """How often rounds after `last_round` are in the ledger on disk as lost."""
+        return Counter(-number for number in self._numbers() if number < -last_round)
+
+    def _numbers(self) -> list[int]:
+        lines = self.path.read_text(encoding="utf-8").split() if self.path.exists() else []
+        return [int(line) for line in lines]
+
+    def _write(self, number: int) -> None:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(f"{number}\n")
             file.flush()
             os.fsync(file.fileno())
-
-    def after(self, last_round: int) -> list[int]:
-        """Rounds after `last_round` that were asked for, one entry for each time."""
-        lines = self.path.read_text(encoding="utf-8").split() if self.path.exists() else []
-        return sorted(number for number in map(int, lines) if number > last_round)
 
     def forget(self) -> None:
         """A run that has ended asks for nothing again."""

@@ -33,6 +33,7 @@ ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "OMP_NUM_THREADS": "1",
     "OMP_WAIT_POLICY": "passive",
+    "GRPC_VERBOSITY": "NONE",  # it logs a line for whoever knocks with another protocol or CA
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",  # of 1024 compiled products, most are met once
 }
 FULL_ERROR = "HYDRA_FULL_ERROR"

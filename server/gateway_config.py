@@ -60,10 +60,12 @@ class GatewayVerb:
 
 @dataclass
 class StatusConfig:
-    """`gateway`: folder of a gateway that runs. `run`: a run folder to show beside it."""
+    """`gateway`: folder of a gateway that runs. `run`: a run folder to show beside it. `devices`:
+    whether to list every device that ever enrolled."""
 
     gateway: str | None = "gateway"
     run: str | None = None
+    devices: bool = False
     format: str = "text"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -31,16 +32,22 @@ def show_status(config: StatusConfig) -> int:
     if config.run is not None:
         found["run"] = run_status(Path(config.run).expanduser())
     if config.gateway is not None:
-        found["gateway"] = GatewayClient(_folder(config.gateway)).status()
+        client = GatewayClient(_folder(config.gateway))
+        found["gateway"] = client.status()
+        if config.devices:
+            found["devices"] = client.devices()
     if config.format == "json":
         print(json.dumps(found))
         return 0
+    listed = found.pop("devices", [])
     for title, facts in found.items():
         table = Table(title=title, show_header=False, title_justify="left")
         for name, value in facts.items():
             shown = json.dumps(value) if isinstance(value, dict | list) else str(value)
             table.add_row(name.replace("_", " "), shown)
         Console(soft_wrap=True).print(table)
+    for row in listed:
+        print(_device_line(row))
     return 0
 
 
@@ -92,9 +99,12 @@ def make_tokens(config: TokensConfig) -> int:
 def revoke_device(config: RevokeConfig) -> int:
     """End a device's membership, at once where the gateway runs."""
     if config.device is None:
-        raise ConfigError("device is missing: give its number, as sottovoce status shows it")
+        raise ConfigError("device is missing: give its number, as status devices=true shows it")
     if not 0 < config.device < 1 << 63:
-        raise ConfigError(f"device={config.device} is no number of a device: see sottovoce status")
+        raise ConfigError(
+            f"device={config.device} is no number of a device: sottovoce status devices=true shows "
+            "them"
+        )
     folder = _folder(config.gateway)
     try:
         known = GatewayClient(folder).revoke(config.device)
@@ -105,6 +115,17 @@ def revoke_device(config: RevokeConfig) -> int:
         raise ConfigError(f"device={config.device} is not enrolled at {folder}")
     print(f"device {config.device} is revoked")
     return 0
+
+
+def _device_line(row: dict[str, Any]) -> str:
+    """A device of the operator's list."""
+    state = "revoked" if row["revoked"] else f"last seen {_time(row['last_seen'])}"
+    name = f"  {row['name']}" if row["name"] else ""
+    return f"{row['device']:<19}  enrolled {_time(row['enrolled'])}  {state}{name}"
+
+
+def _time(seconds: float | None) -> str:
+    return "never" if seconds is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
 
 
 def _folder(given: str) -> Path:

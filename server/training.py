@@ -6,6 +6,7 @@ import json
 import math
 import resource
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from sottovoce.server.device_canaries import CanaryFiles
 from sottovoce.server.evaluation import Evaluator
 from sottovoce.server.finish import write_results
 from sottovoce.server.gateway.gauges import gauges
+from sottovoce.server.live_limits import is_live
 from sottovoce.server.metrics_setup import wanted
 from sottovoce.server.progress import Progress
 from sottovoce.server.schedule_setup import CLAIM as CORRELATED
@@ -94,8 +96,8 @@ def continue_run(
         keep_releases(folder / "ledger.json", state)
     setup = make_setup(experiment, source, state, text)
     setup.warnings += complaints
-    for number in RequestLog(folder / "checkpoints").after(state.round) if afresh else ():
-        setup.strategy.book_lost(number)
+    if afresh:
+        book_lost(folder, setup, state)
     discard_drafts(folder)
     discard_drafts(folder / "checkpoints")
     MetricsFile(folder).keep_until(state.round or -1)  # round 0 is evaluated again
@@ -119,12 +121,37 @@ def keep_releases(path: Path, state: RunState) -> None:
     ledger = Ledger.load(path)
     if len(ledger) <= len(state.ledger):
         return
-    if CORRELATED in ledger.claims:
+    released = any(event.unit == "device" for event in ledger.events[len(state.ledger) :])
+    if CORRELATED in ledger.claims and released:
         raise RunError(
             f"{path.parent} released more after its last whole checkpoint (round {state.round}), "
             "with noise that is correlated over rounds and cannot be drawn anew: start a new run"
         )
     state.ledger = ledger
+
+
+def book_lost(folder: Path, setup: Setup, state: RunState) -> None:
+    """Book each request after `state` whose round was lost, in the ledger of `state`, once."""
+    requests = RequestLog(folder / "checkpoints")
+    known = requests.booked_after(state.round)
+    for number in requests.after(state.round):
+        setup.strategy.book_lost(number, again=known[number] > 0)
+        known[number] -= 1
+
+
+def book_interrupted(folder: Path, setup: Setup, state: RunState) -> None:
+    """Book what real devices were asked for in vain by an interrupted run, should it not go on.
+
+    The ledger on disk has it when this returns, and a resume does not book it a second time.
+    """
+    requests = RequestLog(folder / "checkpoints")
+    keep_releases(folder / "ledger.json", state)
+    setup.strategy.ledger = state.ledger
+    new = Counter(requests.after(state.round)) - requests.booked_after(state.round)
+    book_lost(folder, setup, state)
+    state.ledger.save(folder / "ledger.json")
+    for number in new.elements():
+        requests.booked(number)
 
 
 def refuse_ended(folder: Path) -> None:
@@ -191,6 +218,8 @@ def _run(
     if status == "interrupted":
         state, _ = load_latest(folder / "checkpoints")
         MetricsFile(folder).keep_until(state.round)
+        if is_live(config):
+            book_interrupted(folder, setup, state)
     elif state.round % config.run.checkpoint_every:
         save_checkpoint(folder / "checkpoints", state, config.run.keep_checkpoints)
     summary = write_results(

@@ -177,16 +177,18 @@ class NoisedSum(Strategy):
             log.warning("\n".join(complaints))
         return to_record(parameters), MetricRecord(metrics)  # type: ignore[arg-type]
 
-    def book_lost(self, server_round: int) -> None:
+    def book_lost(self, server_round: int, *, again: bool = False) -> None:
         """Book a round that fleets were asked for but whose sums were lost, before it is repeated.
 
         Nodes draw other batches and noise the second time, so for the `server`, who may have seen
         both, a device's examples were released twice. Every level pays for a participation with
         that round's noise, beside those that are counted. Private metrics of the round, which may
         be out with the noise that would be drawn again, are not released a second time. The round
-        itself gets a new sample and new central noise.
+        itself gets a new sample and new central noise. `again`: the ledger has this loss already.
         """
         self.lost[server_round] += 1
+        if again:
+            return
         example, plan = self.training.at(server_round).example, self.training.plan
         if example is not None and isinstance(self.participation, WindowedParticipation):
             raise RunError(
@@ -205,9 +207,11 @@ class NoisedSum(Strategy):
         """Of the coordinator's noise for a round: a round done again has its own.
 
         A release with the same noise as one that may be out already would show the difference of
-        the two sums.
+        the two sums. Correlated noise stays: later rounds take it off again, a run that goes on
+        draws it once more for them, and none that may be out goes on (`training.keep_releases`).
         """
-        again = (self.lost[server_round],) if self.lost[server_round] else ()
+        correlated = isinstance(self.mechanism, CorrelatedMechanism)
+        again = (self.lost[server_round],) if self.lost[server_round] and not correlated else ()
         return self.source.generator(purpose, server_round, *again)
 
     def events_ahead(self) -> list[Event]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import math
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,9 +33,12 @@ from sottovoce.client.agent.connection import (
     enrol,
     open_channel,
 )
+from sottovoce.client.agent.device_facts import facts, listing
 from sottovoce.client.agent.eligibility import Conditions, Probes
 from sottovoce.client.agent.identity import Identity
-from sottovoce.client.agent.journal import Journal
+from sottovoce.client.agent.join_cli import main as join
+from sottovoce.client.agent.journal import Journal, StepCost
+from sottovoce.client.agent.logs import log_to, say
 from sottovoce.client.agent.policy import Policy
 from sottovoce.client.agent.preparation import Declined, Preparation
 from sottovoce.client.agent.store import DeviceStore
@@ -391,17 +396,33 @@ def test_stop_ends_a_held_check_in_at_once(gateway: FakeGateway, tmp_path: Path)
     do(scene())
 
 
-def test_training_that_is_not_finite_is_declined_and_counted(
-    gateway: FakeGateway, tmp_path: Path
+@pytest.mark.parametrize(
+    "error", [NotFinite("the update is not finite: it is not sent"), MemoryError(), IndexError()]
+)
+def test_training_that_fails_over_its_examples_is_declined_and_counted(
+    gateway: FakeGateway, tmp_path: Path, error: Exception
 ) -> None:
     def diverge(*_: object) -> Trained:
-        raise NotFinite("the update is not finite: it is not sent")
+        raise error
 
     agent = declared(gateway, tmp_path, train=diverge)
     task = gateway.add_task(spec(NOISED), globals_())
     work(agent)
-    assert gateway.declined == {task.id: "failed"} and not gateway.begun
+    reason = "memory" if isinstance(error, MemoryError) else "failed"
+    assert gateway.declined == {task.id: reason} and not gateway.begun
     assert agent.journal.state(task.id) == "declined" and len(agent.journal.costs()) == 1
+
+
+def test_a_specification_that_cannot_be_trained_costs_nothing(
+    gateway: FakeGateway, tmp_path: Path
+) -> None:
+    def fail(*_: object) -> Trained:
+        raise ConfigError("no such model here")
+
+    agent = declared(gateway, tmp_path, train=fail)
+    task = gateway.add_task(spec(NOISED), globals_())
+    work(agent)
+    assert gateway.declined == {task.id: "failed"} and not agent.journal.costs()
 
 
 def test_an_update_that_was_perhaps_sent_is_never_made_anew(
@@ -552,6 +573,18 @@ def test_a_task_that_needs_more_memory_than_there_is_is_declined(
     task = gateway.add_task(spec(), globals_())
     work(agent)
     assert gateway.declined == {task.id: "memory"}
+
+
+def test_draws_that_would_not_fit_in_memory_are_declined_before_they_are_made(
+    gateway: FakeGateway, tmp_path: Path
+) -> None:
+    """Steps without end cost a server nothing to ask for; a coin for each example does."""
+    agent = declared(gateway, tmp_path, memory_mb=10)
+    gateway.add_task(changed(spec(NOISED), "training.plan.local_epochs", 10_000), globals_())
+    gateway.add_task(spec(NOISED), globals_())
+    work(agent, tasks=2)
+    assert sorted(gateway.declined.values()) == ["memory"]
+    assert agent.counts == {"declined": 1, "accepted": 1} and len(agent.journal.costs()) == 1
 
 
 def test_a_device_that_may_not_work_neither_checks_in_nor_begins(
@@ -713,6 +746,29 @@ def test_no_connection_is_something_to_try_again() -> None:
 
     with pytest.raises(Unreachable):
         do(scene())
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_what_a_server_writes_cannot_forge_lines_or_move_a_terminal(as_json: bool) -> None:
+    stream = io.StringIO()
+    log_to(stream, as_json=as_json)
+    say("task", run="r\n2026-01-01 00:00:00 handed over\x1b[2J\u202e", round=1)
+    (line,) = stream.getvalue().splitlines()
+    assert line.isprintable() and "\u202e" not in line
+
+
+def test_a_listing_shows_names_of_runs_without_moving_the_terminal(tmp_path: Path) -> None:
+    with closing(a_store(tmp_path)) as store, closing(Journal(tmp_path)) as journal:
+        journal.begin("0" * 32, "\x1b[2J\n", 1, StepCost(1.0, 0.1, 1))
+        assert "\x1b" not in listing(facts(store))
+
+
+def test_an_address_of_ipv6_needs_its_brackets(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """gRPC would take the port for a part of the address, and call another machine."""
+    assert join(["::1:9400", "--store", str(tmp_path / "store")]) == 1
+    assert "[::1]:9400" in capsys.readouterr().err and not (tmp_path / "store").exists()
 
 
 def test_nothing_that_is_logged_tells_of_examples(

@@ -77,13 +77,18 @@ def wait_for_round(process: subprocess.Popen[str], folder: Path, number: int) ->
         time.sleep(0.002)
 
 
+# A suite that runs in the background hands down an ignored SIGINT.
+LISTENING = (
+    "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "from sottovoce.server.cli import main; sys.exit(main())"
+)
+
+
 def start(folder: Path, *overrides: str) -> subprocess.Popen[str]:
     words = [*SMALL, *SETTINGS, f"rounds={LONG}", f"run.dir={folder}", *overrides]
-    command = [sys.executable, "-m", "sottovoce.server.cli", "simulate", *words]
+    command = [sys.executable, "-c", LISTENING, "simulate", *words]
     return subprocess.Popen(
         command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ},
-        # A suite that runs in the background hands down an ignored SIGINT.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 

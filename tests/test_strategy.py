@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,12 +23,16 @@ from sottovoce.client.fleet import ExampleClipping, FleetReply, LocalTraining
 from sottovoce.client.messages import read_reply, read_train_content, reply_content, to_record
 from sottovoce.privacy import Ledger, epsilon
 from sottovoce.privacy.accounting.events import GaussianEvent
+from sottovoce.privacy.mechanisms.correlated import CorrelatedMechanism
 from sottovoce.privacy.mechanisms.device import DeviceMechanism
 from sottovoce.privacy.mechanisms.noise import NoiseSource
+from sottovoce.privacy.mechanisms.optimised import make_factorisation
+from sottovoce.privacy.mechanisms.separation import Schedule
 from sottovoce.server.budget import RunBudget, touched
 from sottovoce.server.callbacks import RequestLog
 from sottovoce.server.checkpoints import RunState, load_checkpoint, save_checkpoint
-from sottovoce.server.training import keep_releases
+from sottovoce.server.schedule_setup import take_up
+from sottovoce.server.training import book_interrupted, book_lost, keep_releases
 from sottovoce.simulations.grid import LocalGrid
 from sottovoce.strategies.levels import activity_levels
 from sottovoce.strategies.noised_sum import NoisedSum
@@ -141,7 +146,7 @@ def fleets(answer: Answer, nodes: int, tamper: Callable[[Message], Message] | No
 
 
 def strategy(
-    mechanism: DeviceMechanism | None = None,
+    mechanism: DeviceMechanism | CorrelatedMechanism | None = None,
     example: ExampleClipping | None = None,
     limit: int | None = None,
 ) -> NoisedSum:
@@ -536,6 +541,45 @@ def test_a_round_done_again_has_other_coins_and_other_noise() -> None:
         assert torch.equal(next_round, released(strategy(mechanism), 3)[1])
 
 
+def test_correlated_noise_of_a_lost_round_is_what_later_rounds_and_a_second_resume_take_off() -> (
+    None
+):
+    """Other noise for round 2 than a replay draws would void the proof for all that follow."""
+    schedule = Schedule(4, min_separation=1, max_participations=4)
+
+    def correlated() -> CorrelatedMechanism:
+        return CorrelatedMechanism(1.0, 1.0, make_factorisation("bisr", schedule, 3), schedule)
+
+    def rounds(ours: NoisedSum, *numbers: int) -> list[Tensor]:
+        return [released(ours, number)[1] for number in numbers]
+
+    never_stopped = strategy(correlated())
+    whole = rounds(never_stopped, 1, 2, 3, 4)
+    lossy = strategy(correlated())
+    first = rounds(lossy, 1)
+    lossy.book_lost(2)
+    assert all(map(torch.equal, first + rounds(lossy, 2, 3), whole[:3]))
+    again = correlated()
+    take_up(again, RunState(3, PARAMETERS), NoiseSource.from_seed(4))
+    assert torch.equal(rounds(strategy(again), 4)[0], whole[3])
+
+
+def test_a_budget_reckons_with_lost_rounds_before_the_first_one_of_a_resumed_run() -> None:
+    deltas = {"example": 1e-5}
+    ours = strategy(example=EXAMPLE)
+    one_round(ours, fleets(honest, 1))
+    spent = epsilon(ours.ledger, 1e-5, unit="example", observer="server")
+    once_more = Ledger(ours.ledger.events)
+    for event in ours.events_ahead():
+        once_more.append(event)
+    limit = epsilon(once_more, 1e-5, unit="example", observer="server") * 1.01
+    assert limit > spent
+    budget = RunBudget(ours.ledger, deltas, {"example": limit})
+    assert budget.exceeded_by(ours) is None
+    ours.book_lost(2)
+    assert "max_epsilon" in (budget.exceeded_by(ours) or "")
+
+
 def test_a_resumed_run_keeps_the_releases_that_its_checkpoint_does_not_know(
     tmp_path: Path,
 ) -> None:
@@ -546,6 +590,37 @@ def test_a_resumed_run_keeps_the_releases_that_its_checkpoint_does_not_know(
     ours.ledger.save(tmp_path / "ledger.json")
     keep_releases(tmp_path / "ledger.json", state)
     assert state.ledger.events == ours.ledger.events and len(state.ledger) == 2
+
+
+def test_an_interrupted_live_run_counts_what_it_asked_for_and_a_resume_not_once_more(
+    tmp_path: Path,
+) -> None:
+    """A report of it as it stands may be all that is ever written."""
+    (tmp_path / "checkpoints").mkdir()
+    requests, path = RequestLog(tmp_path / "checkpoints"), tmp_path / "ledger.json"
+    ours = strategy(example=EXAMPLE)
+    requests.on_request(1)
+    one_round(ours, fleets(honest, 1))
+    ours.ledger.save(path)
+    kept = ours.ledger.events
+
+    def stopped() -> tuple[Any, RunState]:
+        """What is there after the checkpoint of round 1, and of a resumed process."""
+        state = RunState(1, PARAMETERS, ledger=Ledger(kept))
+        keep_releases(path, state)
+        found = strategy(example=EXAMPLE)
+        found.ledger = state.ledger
+        return SimpleNamespace(strategy=found), state
+
+    for times in (1, 2):
+        setup, state = stopped()
+        book_lost(tmp_path, setup, state)
+        assert len(state.ledger) == times and setup.strategy.lost[2] == times - 1
+        requests.on_request(2)
+        setup, state = stopped()
+        book_interrupted(tmp_path, setup, state)
+        ledger = Ledger.load(path)
+        assert [event.round for event in ledger.events] == [1] + [2] * times
 
 
 def test_correlated_noise_cannot_be_drawn_anew(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from contextlib import closing
 from typing import Any
 
 from sottovoce.client.agent.journal import Journal
+from sottovoce.client.agent.logs import plain
 from sottovoce.client.agent.policy import Policy
 from sottovoce.client.agent.spending import epsilon_spent
 from sottovoce.client.agent.store import DeviceStore
@@ -59,8 +60,9 @@ def listing(facts: dict[str, Any]) -> str:
         lines += ["", f"{'began':16}  {'run':24}  round  {'noise':>6}  {'rate':>8}  steps  state"]
     for line in facts["latest"]:
         noise = "none" if line["noise_multiplier"] is None else f"{line['noise_multiplier']:.4g}"
+        run = plain(line["run"])[:24]
         lines.append(
-            f"{_minute(line['begun']):16}  {line['run'][:24]:24}  {line['round']:>5}  {noise:>6}  "
+            f"{_minute(line['begun']):16}  {run:24}  {line['round']:>5}  {noise:>6}  "
             f"{line['sampling_rate']:>8.4g}  {line['steps']:>5}  {line['state']}"
         )
     return "\n".join(lines)

@@ -77,8 +77,10 @@ def main(words: Sequence[str]) -> int:
         print("sottovoce: interrupted", file=sys.stderr)
         return INTERRUPTED
     except (SottovoceError, OSError) as error:
-        print(f"sottovoce: {error}", file=sys.stderr)
         from sottovoce.client.agent.connection import NoLongerKnown
+        from sottovoce.client.agent.logs import plain
+
+        print(f"sottovoce: {plain(error)}", file=sys.stderr)
 
         return UNKNOWN if isinstance(error, NoLongerKnown) else FAILED
 
@@ -116,6 +118,8 @@ def _check(asked: argparse.Namespace) -> None:
         host, _, port = asked.address.rpartition(":")
         if not host or not port.isdigit() or not 0 < int(port) < 1 << 16:
             raise ConfigError(f"{asked.address} is no HOST:PORT: write fleet.example.org:9400")
+        if ":" in host and not (host.startswith("[") and host.endswith("]")):
+            raise ConfigError(f"{asked.address} is no HOST:PORT: write [{host}]:{port}")
     if asked.threads < 1:
         raise ConfigError(f"--threads {asked.threads} must be at least 1")
     if not 0 <= asked.nice <= 19:
@@ -135,6 +139,7 @@ async def _identity(asked: argparse.Namespace, store: DeviceStore) -> Identity:
 
     from sottovoce.client.agent.connection import enrol, loopback
     from sottovoce.client.agent.identity import Identity
+    from sottovoce.client.agent.logs import plain
 
     folder = store.folder / "identity"
     kept = Identity.load(folder)
@@ -158,7 +163,8 @@ async def _identity(asked: argparse.Namespace, store: DeviceStore) -> Identity:
     found = await enrol(door, token, ca=ca, insecure=asked.insecure, name=asked.name)
     found = replace(found, address=asked.address)
     found.save(folder)
-    print(f"joined {found.gateway or asked.address} as device {found.device}", file=sys.stderr)
+    name = plain(found.gateway) or asked.address
+    print(f"joined {name} as device {found.device}", file=sys.stderr)
     return found
 
 

@@ -20,13 +20,18 @@ def say(event: str, *, level: int = logging.INFO, **fields: Any) -> None:
     LOGGER.log(level, event, extra={"fields": fields})
 
 
+def plain(text: object) -> str:
+    """What another machine wrote, fit for a terminal and for one line of a log."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+
+
 class Lines(logging.Formatter):
     """`12:00:05 uploaded task=… bytes=…`"""
 
     def format(self, record: logging.LogRecord) -> str:
         fields = getattr(record, "fields", {})
         at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.created))
-        rest = "".join(f" {name}={value}" for name, value in fields.items())
+        rest = "".join(f" {name}={plain(value)}" for name, value in fields.items())
         return f"{at} {record.getMessage()}{rest}"
 
 

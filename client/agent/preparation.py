@@ -108,10 +108,10 @@ class Preparation:
         complaint = self.policy.complaint(spec, cost, self.journal.costs(), bound)
         if complaint is not None:
             raise Declined(*complaint)
-        free_mb = self.memory_mb()
-        if free_mb and needed_mb(spec) > free_mb:
+        free_mb, wanted_mb = self.memory_mb(), needed_mb(spec, order.level)
+        if free_mb and wanted_mb > free_mb:
             raise Declined(
-                "memory", f"it takes about {needed_mb(spec):.0f} MB, and {free_mb:.0f} are free"
+                "memory", f"it takes about {wanted_mb:.0f} MB, and {free_mb:.0f} are free"
             )
         return cost
 

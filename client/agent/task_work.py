@@ -130,9 +130,11 @@ class TaskWork:
                     self.source or NoiseSource.from_system(), self.models,
                 ),
             ))  # fmt: skip
-        except NotFinite:  # to say so tells of the noised update: it counts
-            order = prepared.order
-            self.journal.begin(order.id, order.run, order.round, prepared.cost)
+        except Exception as error:
+            of_machine = isinstance(error, SottovoceError | OSError)  # or of the specification
+            if isinstance(error, NotFinite) or not of_machine:  # to say so may tell of the examples
+                order = prepared.order
+                self.journal.begin(order.id, order.run, order.round, prepared.cost)
             raise
         finally:
             self.training = False

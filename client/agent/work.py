@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 Ints = NDArray[np.int64]
 
 COPIES = 8  # of all that trains: weights, gradients, moves, noise, and a sum in float64
+COIN_BYTES, VISIT_BYTES = 60, 200  # while batches are drawn: of a Poisson coin, of a place in one
 KEPT_BYTES = 10  # at each position, for each output of a layer: as in a simulation's groups
 
 
@@ -138,17 +139,23 @@ def step_cost(spec: TaskSpec, server_round: int, level: int) -> StepCost:
     return StepCost(noise or None, plan.rate(level), plan.steps(level, largest(level)))
 
 
-def needed_mb(spec: TaskSpec) -> float:
-    """About what training takes, in megabytes, beside the program itself.
+def needed_mb(spec: TaskSpec, level: int = 0) -> float:
+    """About what training takes at `level`, in megabytes, beside the program itself.
 
-    Of public figures alone: all that trains, several times over, and a batch of the longest rows.
+    Of public figures alone: all that trains, several times over, a batch of the longest rows, and
+    the draws of all batches (a coin for each example and Poisson step).
     """
     widths = sum(
         shape[0] for name, shape in spec.parameters
         if len(shape) == 2 and not name.endswith(("embedding.weight", "positions.weight"))
     )
     positions = spec.training["plan"]["batch_size"] * spec.task["max_length"]
-    return 1e-6 * float(COPIES * spec.model_bytes + positions * widths * KEPT_BYTES)
+    plan = spec.local_training().plan
+    steps = plan.steps(level, largest(level))
+    drawn = COIN_BYTES * largest(level) if plan.poisson else VISIT_BYTES * plan.batch_size
+    return 1e-6 * float(
+        COPIES * spec.model_bytes + positions * widths * KEPT_BYTES + steps * drawn
+    )
 
 
 class Held:
