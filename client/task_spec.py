@@ -89,7 +89,13 @@ class TaskSpec:
             reports_clipped=fields.flag("reports_clipped"),
         )
         fields.done()
-        check_promises(fields.part("privacy"), found.local_training())
+        training = found.local_training()
+        check_promises(fields.part("privacy"), training)
+        if found.reports_clipped and (training.example is not None or not found.clips):
+            raise DataError(
+                "specification.reports_clipped asks for a bit on examples that the noise on the "
+                "device does not cover"
+            )
         return found
 
     @property

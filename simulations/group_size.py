@@ -19,8 +19,8 @@ from sottovoce.privacy.gradients.grouping import refuse_unknown
 
 CANDIDATES = (1, 16, 32, 64, 128)
 USUAL = 16
-TRIALS = 3
-GROUP_BYTES = 1 << 28  # about, of a group in training
+TRIALS = 4  # the first of which warms up
+GROUP_BYTES = 1 << 26  # about, of a group in training
 STACKS = 4  # of trainable weights: they, gradients, moves and noise
 KEPT_BYTES = 10  # in a forward pass, at each position, for each output of a linear layer
 GATES = 8  # numbers that a recurrent layer keeps for each of its hidden units
@@ -82,7 +82,7 @@ class GroupSize:
     def __init__(self, ways: list[Way], *, fixed: bool) -> None:
         self._ways = ways
         self.chosen: Way | None = ways[0] if fixed or len(ways) == 1 else None
-        self._trials = [way for way in ways for _ in range(TRIALS)]
+        self._trials = ways * TRIALS  # in turn: a busy moment should not hit one way alone
         self._seconds: dict[Way, list[float]] = {way: [] for way in ways}
 
     @property

@@ -1,7 +1,7 @@
 """The population of a live run: real devices, of which only public levels are known.
 
-The coordinator holds none of their examples. What it needs beside them is public: a file of held-out
-examples, which gives the label sets and what the model is evaluated on.
+The coordinator holds none of their examples. What it needs beside them is public: a file of
+held-out examples, which gives the label sets and what the model is evaluated on.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import mpmath
 import numpy as np
 import pytest
 import torch
@@ -21,7 +22,7 @@ from sottovoce.privacy.accounting.events import (
     RandomisedReport,
 )
 from sottovoce.privacy.accounting.ledger import Ledger
-from sottovoce.privacy.accounting.losses import pld_epsilon, rdp_epsilon
+from sottovoce.privacy.accounting.losses import _gaussian_epsilon, pld_epsilon, rdp_epsilon
 from sottovoce.privacy.accounting.tracker import EpsilonTracker, rounded_up
 from sottovoce.privacy.mechanisms.device import DeviceMechanism
 from sottovoce.strategies.samplers import ActivitySampler
@@ -648,3 +649,21 @@ def test_impossible_calibrations_are_refused_in_one_line(
     with pytest.raises(ConfigError, match=words) as caught:
         calibrate_noise(**plan)  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
+
+
+def test_the_epsilon_of_a_gaussian_is_exact_and_never_below_the_truth() -> None:
+    """Against dp-accounting's, and against the delta that it has in sixty digits."""
+    from dp_accounting import get_epsilon_gaussian
+
+    def truth(noise: float, found: float) -> mpmath.mpf:
+        s, e = mpmath.mpf(noise), mpmath.mpf(found)
+        return mpmath.ncdf(1 / (2 * s) - e * s) - mpmath.e**e * mpmath.ncdf(-1 / (2 * s) - e * s)
+
+    generator = np.random.default_rng(3)
+    with mpmath.workdps(60):
+        for _ in range(150):
+            noise = 10 ** generator.uniform(-2, 3)
+            delta = 10 ** generator.uniform(-14, -0.3)
+            found = _gaussian_epsilon(noise, delta)
+            assert truth(noise, found) <= mpmath.mpf(delta)
+            assert found == pytest.approx(get_epsilon_gaussian(noise, delta), rel=1e-6, abs=1e-9)

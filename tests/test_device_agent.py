@@ -757,6 +757,17 @@ def test_what_a_server_writes_cannot_forge_lines_or_move_a_terminal(as_json: boo
     assert line.isprintable() and "\u202e" not in line
 
 
+@pytest.mark.parametrize("clip", [0.3, None])
+def test_no_server_gets_a_bit_on_examples_that_noise_on_the_device_does_not_cover(
+    gateway: FakeGateway, tmp_path: Path, clip: float | None
+) -> None:
+    """Whether the signal was longer than the bound is known before any noise."""
+    agent = declared(gateway, tmp_path, policy=Policy(max_epsilon=1e6))
+    task = gateway.add_task(changed(spec(NOISED, clip), "reports_clipped", True), globals_())
+    work(agent)
+    assert gateway.declined == {task.id: "failed"} and not gateway.begun
+
+
 def test_a_listing_shows_names_of_runs_without_moving_the_terminal(tmp_path: Path) -> None:
     with closing(a_store(tmp_path)) as store, closing(Journal(tmp_path)) as journal:
         journal.begin("0" * 32, "\x1b[2J\n", 1, StepCost(1.0, 0.1, 1))

@@ -152,7 +152,8 @@ class TaskWork:
                 update, self.residuals.of(order.run, update), prepared.clip_norm
             )
             self.residuals.prepare(order.id, lost(update, encoding))
-        clipped = trained.clipped and prepared.spec.reports_clipped
+        noised = prepared.spec.training["example"] is not None  # which does not cover that bit
+        clipped = trained.clipped and prepared.spec.reports_clipped and not noised
         spooled = self.spool.write(order.id, order.run, update, encoding, clipped=clipped)
         self.journal.finished(order.id, SENDING)
         return spooled
