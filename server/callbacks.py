@@ -59,10 +59,15 @@ class RequestLog:
         return Counter(-number for number in self._numbers() if number < -last_round)
 
     def _numbers(self) -> list[int]:
-        lines = self.path.read_text(encoding="utf-8").split() if self.path.exists() else []
-        return [int(line) for line in lines]
+        """All entries. A last line without its end was torn by a crash: its round was not asked."""
+        text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
+        return [int(line) for line in text[: text.rfind("\n") + 1].split()]
 
     def _write(self, number: int) -> None:
+        torn = self.path.exists() and not self.path.read_bytes().endswith(b"\n")
+        if torn:
+            kept = "".join(f"{known}\n" for known in self._numbers())
+            write_atomic(self.path, kept.encode())
         with self.path.open("a", encoding="utf-8") as file:
             file.write(f"{number}\n")
             file.flush()

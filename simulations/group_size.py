@@ -20,7 +20,7 @@ from sottovoce.privacy.gradients.grouping import refuse_unknown
 CANDIDATES = (1, 16, 32, 64, 128)
 USUAL = 16
 TRIALS = 4  # the first of which warms up
-GROUP_BYTES = 1 << 26  # about, of a group in training
+GROUP_BYTES = 1 << 27  # about, of a group in training
 STACKS = 4  # of trainable weights: they, gradients, moves and noise
 KEPT_BYTES = 10  # in a forward pass, at each position, for each output of a linear layer
 GATES = 8  # numbers that a recurrent layer keeps for each of its hidden units

@@ -639,3 +639,14 @@ def test_every_request_is_on_disk_before_a_message_leaves(tmp_path: Path) -> Non
         assert RequestLog(tmp_path).after(number - 1)[-1] == number
     assert log.after(1) == [2, 3, 3]
     assert RequestLog(tmp_path / "none").after(0) == []
+
+
+@pytest.mark.parametrize("torn", ["1", "12", "-", "-1"])
+def test_a_request_whose_line_was_torn_was_never_made(tmp_path: Path, torn: str) -> None:
+    log = RequestLog(tmp_path)
+    log.on_request(11)
+    with log.path.open("a") as file:
+        file.write(torn)
+    assert log.after(0) == [11]
+    log.on_request(12)
+    assert log.after(0) == [11, 12]

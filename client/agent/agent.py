@@ -118,7 +118,7 @@ class Agent:
         self._strangers = 0
         self._stopped = asyncio.Event()
         self._capabilities = messages.Capabilities(
-            version=_version(), memory_mb=int(preparation.memory_mb()), threads=threads,
+            version=_version(), memory_mb=_roughly(preparation.memory_mb()), threads=threads,
             encodings=ENCODINGS,
         )  # fmt: skip
 
@@ -258,6 +258,12 @@ class Agent:
             self.store.purge(time.time(), self.policy.retention_days)
         except RunError as error:
             say("not purged", why=str(error))
+
+
+def _roughly(size: float) -> int:
+    """The power of two below: how much memory a machine has left would tell it from others."""
+    whole = int(size)
+    return 1 << (whole.bit_length() - 1) if whole > 0 else 0
 
 
 def _version() -> str:
