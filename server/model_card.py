@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sottovoce.server.account_tables import as_json
-from sottovoce.server.wording import METRICS, count_text, label, metric_text, words
+from sottovoce.server.wording import METRICS, count_text, evaluated_on, label, metric_text, words
 
 
 def model_card_text(summary: Mapping[str, Any], statement: Mapping[str, Any], text: str) -> str:
@@ -37,7 +37,7 @@ def model_card_text(summary: Mapping[str, Any], statement: Mapping[str, Any], te
         "",
         text,
         "",
-        "## On held-out devices",
+        f"## On {evaluated_on(summary)}",
         "",
         _table(metrics) if metrics else "Not evaluated.",
         "",

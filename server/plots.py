@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 from sottovoce.server import drawing
 from sottovoce.server.run_record import RunRecord, read_run
-from sottovoce.server.wording import HELD_OUT_EXAMPLES, label, number
+from sottovoce.server.wording import HELD_OUT_EXAMPLES, evaluated_on, label, number
 
 STYLE: Any = {
     "svg.fonttype": "none",
@@ -69,7 +69,7 @@ def picture(run_folder: Path) -> bytes:
     panels: list[tuple[str, Draw]] = []
     families = drawing.metric_families(run)
     if families:
-        panels.append(("Utility on held-out devices",
+        panels.append((f"Utility on {evaluated_on(run.summary)}",
                        partial(drawing.draw_metrics, run=run, metrics=families[0])))
     panels += [("Privacy spent", partial(drawing.draw_budget, run=run, unit=unit))
                for unit in drawing.protected_units(run)[:1]]
@@ -89,7 +89,7 @@ def picture(run_folder: Path) -> bytes:
 
 def _utility(run: RunRecord) -> Plot | None:
     families = drawing.metric_families(run)
-    note = "Solid: on held-out devices, which never train."
+    note = f"Solid: on {evaluated_on(run.summary)}, which never train."
     if any(run.series(m + HELD_OUT_EXAMPLES)[0] for family in families for m in family):
         note += " Dotted: on held-out examples of training devices."
     heights = [1.6 if run.headline in family else 1.0 for family in families]
@@ -116,7 +116,8 @@ def _utility_against_epsilon(run: RunRecord) -> Plot | None:
     unit = next(iter(drawing.protected_units(run)), None)
     if unit is None or len(drawing.spent_points(run, unit)) < 2:
         return None
-    note = f"What spending ε bought: {label(run.headline, run.task)} on held-out devices."
+    note = (f"What spending ε bought: {label(run.headline, run.task)} on "
+            f"{evaluated_on(run.summary)}.")
     return _plot("Utility against ε", note,
                  [partial(drawing.draw_utility_against_epsilon, run=run, unit=unit)])
 

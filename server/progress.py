@@ -26,6 +26,7 @@ from sottovoce.server.wording import (
     count_text,
     duration_text,
     epsilon_text,
+    evaluated_on,
     label,
     level_text,
     metric_text,
@@ -147,7 +148,7 @@ def _closing_line(summary: Record) -> Text:
 
 def _utility_table(summary: Record) -> Table:
     table = _table()
-    table.add_column("on held-out devices")
+    table.add_column(f"on {evaluated_on(summary)}")
     table.add_column("", justify="right")
     found = final_metrics(summary)
     for metric in sorted((m for m in METRICS if m in found),

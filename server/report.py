@@ -29,6 +29,7 @@ from sottovoce.server.wording import (
     count_text,
     duration_text,
     epsilon_text,
+    evaluated_on,
     label,
     metric_text,
     number,
@@ -114,7 +115,7 @@ def _utility_card(run: RunRecord) -> Record:
     others = [f"{label(m, run.task)} {metric_text(m, v)}" for m in METRICS
               if m not in (metric, "loss") and (v := run.final(m)) is not None]
     start = [r for r in run.evaluations if r["round"] == 0]
-    notes = ["on held-out devices", *others]
+    notes = [f"on {evaluated_on(run.summary)}", *others]
     if start and len(run.evaluations) > 1:
         notes.append(f"{metric_text(metric, start[0][metric])} before training")
     name = label(metric, run.task)

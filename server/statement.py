@@ -121,6 +121,9 @@ def _not_covered(claims: tuple[Claim, ...], summary: Record, config: Record) -> 
     if setting(config, "privacy.device.private_metrics"):
         parts.append("Metrics on held-out devices: computed from their text without noise; these "
                      "devices never train. What the run says of its population is exact too.")
+    elif setting(config, "population.name") == "live":
+        parts.append("How many devices took part, declined or were late, and the update's norm: "
+                     "exact, for the operator's eyes. Devices report no other figures.")
     else:
         parts += [
             "Metrics on held-out devices and examples: computed from their text without noise.",

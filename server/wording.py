@@ -6,6 +6,7 @@ An epsilon is rounded up, never down: a claim may not look better than it is.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from sottovoce.strategies.levels import MAX_LEVEL, level_size, levels_of_row
@@ -149,3 +150,9 @@ def plain_text(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(plain_text(v) for v in value)
     return str(value)
+
+
+def evaluated_on(summary: Mapping[str, Any]) -> str:
+    """What a run's metrics were measured on, in words."""
+    population = summary.get("population") or {}
+    return str(population.get("evaluated_on", "held-out devices"))

@@ -103,5 +103,5 @@ class LivePopulation(Population):
             "source": "real devices behind a gateway",
             "unit": "device",
             "devices": len(self),
-            "held_out": "public examples of the coordinator",
+            "evaluated_on": "public examples",
         }

@@ -415,16 +415,20 @@ class NoisedSum(Strategy):
             "levels": levels.tolist(),
             "devices_by_level": counts.tolist(),
             "update_norm": _norm(update),
-            "clipped_fraction": total.totals.get("clipped_devices", 0.0) / max(devices, 1),
-            "example_clipped_fraction": total.totals.get("clipped_examples", 0.0)
-            / max(examples, 1.0),
-            "mean_signal_norm": total.totals.get("norm", 0.0) / max(devices, 1),
         }
-        metrics |= absent
+        metrics |= absent | {
+            name: total.totals[figure] / max(among, 1.0)
+            for name, figure, among in (
+                ("clipped_fraction", "clipped_devices", devices),
+                ("example_clipped_fraction", "clipped_examples", examples),
+                ("mean_signal_norm", "norm", devices),
+            )
+            if figure in total.totals  # real devices say next to nothing
+        }
         if PARTIAL in total.totals:
             metrics[PARTIAL] = int(total.totals[PARTIAL])
-        if examples and devices:
-            metrics["train_loss"] = total.totals.get("loss", 0.0) / examples
+        if examples and devices and "loss" in total.totals:
+            metrics["train_loss"] = total.totals["loss"] / examples
         if self.mechanism is not None:
             metrics["clip_norm"] = self.mechanism.clip_norm
         if deviation:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -650,3 +651,15 @@ def test_a_request_whose_line_was_torn_was_never_made(tmp_path: Path, torn: str)
     assert log.after(0) == [11]
     log.on_request(12)
     assert log.after(0) == [11, 12]
+
+
+def test_figures_that_devices_do_not_report_are_not_made_up() -> None:
+    """Real devices hand over updates and next to nothing else: no loss is not a loss of 0."""
+    def silent(devices: np.ndarray, node: int) -> FleetReply:
+        return replace(honest(devices, node), totals={"examples": 2.0 * len(devices)})
+
+    _, said = one_round(strategy(), fleets(honest, 1))
+    _, unsaid = one_round(strategy(), fleets(silent, 1))
+    assert "train_loss" in said and "train_loss" not in unsaid
+    assert not {name for name in unsaid if "clipped" in name or "norm" in name} - {"update_norm"}
+    assert unsaid["examples"] == said["examples"]

@@ -170,9 +170,10 @@ class LiveFleet(Fleet):
             zero = {name: torch.zeros_like(tensor) for name, tensor in parameters.items()}
             return FleetReply(zero, {}, asked, absent)
         totals = absent | {
-            "examples": _expected_visits(self.training, result.accepted_by_level),
-            "clipped_devices": float(result.clipped),
+            "examples": _expected_visits(self.training, result.accepted_by_level)
         }
+        if self.adaptive:
+            totals["clipped_devices"] = float(result.clipped)
         sums = {name: result.sums[name].float() for name in parameters}
         return FleetReply(sums, result.accepted_by_level, asked - result.accepted, totals)
 
