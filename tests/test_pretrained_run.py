@@ -361,14 +361,14 @@ def test_special_tokens_within_a_text_are_words_like_others(folders: dict[str, P
 def test_large_models_train_few_at_once() -> None:
     with torch.device("meta"):
         assert largest_group(nn.Linear(16, 16), 256) > 128
-        assert largest_group(nn.Linear(2500, 2500), 256) == 2
+        assert largest_group(nn.Linear(1800, 1800), 256) == 2
         assert largest_group(nn.Linear(5000, 5000), 256) == 1
         frozen = nn.Linear(50_000, 5000).requires_grad_(False)
-        assert largest_group(nn.Sequential(frozen, nn.Linear(8, 8)), 256) == 20
+        assert largest_group(nn.Sequential(frozen, nn.Linear(8, 8)), 256) == 10
         wide = nn.Sequential(*[nn.Linear(8, 1000) for _ in range(20)]).requires_grad_(False)
-        assert largest_group(wide, 256) == 5
+        assert largest_group(wide, 256) == 2
         training = LocalTraining(1.0, BatchPlan(8, 1, 8, poisson=False), None, None)
-        for model, most in ((nn.Linear(50_000, 5000), 1), (wide, 5), (nn.Linear(16, 16), 128)):
+        for model, most in ((nn.Linear(50_000, 5000), 1), (wide, 2), (nn.Linear(16, 16), 128)):
             ways = possible_ways(model, training, "grouped", 256)
             for fixed in (True, False):
                 size = GroupSize(ways, fixed=fixed)
