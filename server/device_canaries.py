@@ -8,6 +8,7 @@ knows them.
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +63,7 @@ class CanaryFiles:
         rounds = self.folder / ROUNDS
         os.close(os.open(rounds, os.O_CREAT | os.O_WRONLY, 0o600))
         lines = rounds.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if json.loads(line)["round"] <= last_round]
+        kept = [line for line in lines if _round_of(line) <= last_round]
         write_atomic(rounds, "".join(line + "\n" for line in kept).encode())
         rounds.chmod(0o600)
 
@@ -72,3 +73,11 @@ class CanaryFiles:
         if found is not None and found["round"] == state.round:
             with (self.folder / ROUNDS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(found) + "\n")
+
+
+def _round_of(line: str) -> float:
+    """The round of a line; inf for one that a run was killed in the middle of."""
+    try:
+        return float(json.loads(line)["round"])
+    except ValueError:
+        return math.inf

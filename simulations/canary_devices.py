@@ -143,8 +143,11 @@ def with_device_canaries(
 
 
 def canaries_of(population: Population) -> CanaryDevices | None:
-    """The canary devices of a run, None where it has none."""
-    return population.canaries if isinstance(population, CanaryDevicePopulation) else None
+    """The canary devices of a run, beneath other layers too; None where it has none."""
+    layer: Population | None = population
+    while layer is not None and not isinstance(layer, CanaryDevicePopulation):
+        layer = getattr(layer, "base", None)
+    return None if layer is None else layer.canaries
 
 
 def without_canary_devices(

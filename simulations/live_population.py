@@ -62,6 +62,7 @@ class LivePopulation(Population):
 
     public_words = False  # devices say words that the public file lacks
     held_out = 0
+    at_hand = False
 
     def __init__(
         self, path: str, labels: str | None, devices: int | None, roster: str | None, limit: int

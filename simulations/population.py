@@ -22,6 +22,7 @@ class Population(ABC):
     `words`: the word table that example tokens index; it never leaves the simulator.
     `public_words`: whether that table is public (a grammar's) or was read from private text.
     `held_out`: number of evaluation devices, which are never sampled for training.
+    `at_hand`: whether training examples can be read here; real devices keep theirs.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Population(ABC):
     activity: NDArray[np.unsignedinteger[Any]]
     held_out: int
     public_words: bool
+    at_hand: bool = True
 
     def __len__(self) -> int:
         return len(self.activity)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -295,6 +296,22 @@ def test_a_unit_that_no_event_names_has_no_claim() -> None:
     summary = {"epsilon": {"example": {"epsilon": 1.0, "delta": 1e-5}}}
     device, example = read_claims(ledger, summary, lambda *a, **k: 2.3)
     assert device.epsilon == 2.3 and not example.finite
+
+
+def test_an_epsilon_in_the_summary_without_one_in_the_ledger_is_invalid() -> None:
+    summary = {"epsilon": {"device": {"epsilon": 1.0, "delta": 1e-5}}}
+    for events in ([], [NonPrivateRelease(purpose="sums", unit="device", observer="release")]):
+        claims = read_claims(Ledger(events), summary, lambda *a, **k: math.inf)
+        found = judge(claims, [_finding(0.5)])
+        assert found.verdict is Verdict.INVALID and "summary states epsilon 1" in found.reason
+
+
+def test_no_finding_on_one_unit_hides_a_contradiction_about_the_other() -> None:
+    claims = [_claim(4.0), _claim(4.0, "example", published=1.0)]
+    sound = [_finding(0.5), _finding(0.5, unit="example")]
+    assert judge(claims[:1], sound).verdict is Verdict.NO_VIOLATION_FOUND
+    assert judge(claims, sound).verdict is Verdict.INVALID
+    assert judge(claims, [_finding(4.5), sound[1]]).verdict is Verdict.VIOLATION
 
 
 # -- a run of known leakage ------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from dp_accounting.pld import PLDAccountant
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import special, stats
 
 from sottovoce.privacy.audit import (
     Estimate,
@@ -32,6 +32,7 @@ from sottovoce.privacy.audit import (
     pooled_gaussian_lower_bound,
     two_gaussians_epsilon,
 )
+from sottovoce.privacy.audit.pooled import _least_noncentrality
 
 TRIALS = 400
 # At most 5 % false alarms: the count that 400 trials exceed with probability below 1e-3.
@@ -310,6 +311,11 @@ def test_one_side_never_proves_more_than_two_and_equals_its_formula(
     assert one == pytest.approx(max(0.0, math.log(max(least - delta, 1e-300) / most)), abs=1e-9)
 
 
+def test_a_confidence_of_next_to_nothing_certifies_no_infinite_epsilon() -> None:
+    with pytest.raises(ValueError, match="confidence=1e-300"):
+        one_run_lower_bound(10, 10, 10, 0.0, 1e-300)
+
+
 def test_sides_other_than_one_or_two_are_refused() -> None:
     with pytest.raises(ValueError, match="sides=3 must be 1 or 2"):
         clopper_pearson_lower_bound(1, 2, 1, 2, 0.0, 0.95, sides=3)  # type: ignore[arg-type]
@@ -385,6 +391,22 @@ def test_the_pooled_bound_equals_the_noncentral_law_of_students_t() -> None:
     t = stats.ttest_ind(members, others).statistic
     mu = gaussian_mu(bound.epsilon, 1e-5)
     assert stats.nct.sf(t, CANARIES + OTHERS - 2, mu / unit) == pytest.approx(0.1, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("freedom", "t"), [(10_000, 40.0), (2, 2.0), (3, 37.0), (98, 38.0), (498, 60.0)]
+)
+@pytest.mark.parametrize("significance", [0.05, 1e-3])
+def test_the_pooled_bound_is_exact_where_the_noncentral_law_has_no_digits(
+    freedom: int, t: float, significance: float
+) -> None:
+    centre = _least_noncentrality(t, freedom, significance)
+    quantiles = (np.arange(200_000) + 0.5) / 200_000
+    spreads = np.sqrt(stats.chi2.ppf(quantiles, freedom) / freedom)
+    above = float(special.ndtr(centre - t * spreads).mean())
+    assert 0 <= centre < t
+    if centre > 0:
+        assert above == pytest.approx(significance, rel=0.05)
 
 
 def test_statistics_that_are_no_normal_ones_have_no_gaussian_bound() -> None:

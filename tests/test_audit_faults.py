@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
+from scipy import stats
 from test_device_canaries import synthetic
 
 from sottovoce.privacy.audit.checks import LEVEL, Check, Outcome, shared
@@ -126,6 +128,26 @@ def test_correct_canaries_raise_no_alarm_and_wrong_ones_do() -> None:
                                dots=record.dots - 0.5 * present))
     assert twice.flagged and twice.violates
     assert half.flagged and not half.violates
+
+
+def test_canaries_that_are_in_the_same_rounds_raise_no_more_alarms_than_allowed() -> None:
+    trials = 800
+    found = [weighting(synthetic(3, 100, rate=1.0, shift=1.0, seed=s)).p_value or 0.0
+             for s in range(trials)]
+    assert (np.array(found) <= 0.01).sum() <= stats.binom.ppf(1 - 1e-6, trials, 0.01)
+
+
+def test_few_loud_canaries_in_few_rounds_raise_no_more_alarms_than_allowed() -> None:
+    trials, generator = 2000, np.random.default_rng(5)
+    loud = np.arange(13) < 3
+    drawn = np.ones((10, 13), dtype=bool)
+    drawn[1:, loud] = False
+    usual = synthetic(10, 13, rate=1.0, shift=1.0)
+    loudness = np.where(loud, 10.0, 1.0)
+    usual = replace(usual, inside=np.ones(13, dtype=bool), drawn=drawn, loudness=loudness)
+    found = [clipping(replace(usual, dots=generator.standard_normal((10, 13)))).p_value or 0.0
+             for _ in range(trials)]
+    assert (np.array(found) <= 1e-3).sum() <= stats.binom.ppf(1 - 1e-6, trials, 1e-3)
 
 
 def test_a_sum_over_its_own_cohort_is_flagged() -> None:

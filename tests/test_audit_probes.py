@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from omegaconf import OmegaConf
+from safetensors.torch import load_file, save
 from small_runs import SMALL, run
 
-from sottovoce.client.errors import ConfigError, DataError
+from sottovoce.client.errors import ConfigError, DataError, RunError
 from sottovoce.client.examples import Examples
 from sottovoce.privacy.audit.attacks import ATTACKS
 from sottovoce.privacy.audit.code_canaries import draw_canaries, load_canaries
@@ -36,6 +39,7 @@ from sottovoce.simulations.code_population import (
     without_codes,
 )
 from sottovoce.simulations.experiment import build_experiment
+from sottovoce.simulations.live_population import LivePopulation
 from sottovoce.strategies.levels import activity_levels
 
 CODES, COPIES = 3, 7
@@ -169,6 +173,50 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = ("audit.codes=3", "audit.code_copies=20", "population.held_out_devices=12", "seed=3")
     assert run(folder, *words, "privacy.example.noise_multiplier=2", "run.workers=1") == 0
     return folder
+
+
+def _damaged(trained: Path, folder: Path, name: str, text: bytes) -> Path:
+    shutil.copytree(trained, folder)
+    (folder / name).write_bytes(text)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("summary.json", b"{"), ("summary.json", b"[]"), ("model.safetensors", b"x"),
+        ("summary.json", b'{"epsilon": {"device": {"epsilon": "four"}}}'),
+    ],
+)
+def test_damaged_files_are_refused_in_one_line_that_names_them(
+    trained: Path, tmp_path: Path, name: str, text: bytes
+) -> None:
+    with pytest.raises(RunError, match=f"{name} is damaged"):
+        load_run(_damaged(trained, tmp_path / "run", name, text))
+
+
+def test_a_model_that_the_run_did_not_make_is_refused(trained: Path, tmp_path: Path) -> None:
+    other = {name: tensor + 1 for name, tensor in load_file(trained / "model.safetensors").items()}
+    with pytest.raises(RunError, match="not the model of the last checkpoint"):
+        load_run(_damaged(trained, tmp_path / "run", "model.safetensors", save(other)))
+    shutil.rmtree(tmp_path / "run" / "checkpoints")  # as where none were kept
+    assert load_run(tmp_path / "run").participants is None
+
+
+def test_nothing_of_real_devices_is_asked_for(trained: Path, tmp_path: Path) -> None:
+    line = {"tokens": ["wake", "me"], "intent": "alarm", "slots": ["O", "O"]}
+    (tmp_path / "public.jsonl").write_text(2 * (json.dumps(line) + "\n"))
+    live = LivePopulation(str(tmp_path / "public.jsonl"), None, 5, None, 10)
+    found = replace(load_run(trained), population=live, codes=(), participants=np.arange(3))
+    chosen, lacking = choose_probes("default", found)
+    assert not chosen and "real devices keep" in lacking["update_rows"]
+    for name in ("device_loss", "participant_loss", "example_loss"):
+        assert "real devices keep" in str(ATTACKS[name].missing(found))
+
+
+def test_records_of_no_round_are_left_out_of_the_picture(trained: Path, tmp_path: Path) -> None:
+    folder = _damaged(trained, tmp_path / "run", "metrics.jsonl", b'[1]\n{"epsilon_device": 3}\n')
+    assert audit(folder, attacks=["device_loss"])["rounds"] == []
 
 
 def audit(folder: Path, **settings: Any) -> dict[str, Any]:

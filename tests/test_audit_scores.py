@@ -55,6 +55,55 @@ def test_all_formats_hold_the_same_scores(tmp_path: Path) -> None:
         np.testing.assert_array_equal(one.non_members, outside)
 
 
+@pytest.mark.parametrize("name", ["$\\frac$.csv", "[red]x.csv", "_under.csv", "a<b>.csv"])
+def test_no_file_name_breaks_the_report_or_is_read_as_markup(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "out[" / "b]"
+    path = _csv(tmp_path / name, _candidates(1.0, 60))
+    assert run_audit(AuditConfig(scores=str(path), output=str(folder))) == 4
+    printed = capsys.readouterr().out
+    assert path.stem in printed and "out[/b]/audit.html" in printed
+    assert "a<b>" not in (folder / "audit.html").read_text(encoding="utf-8")
+
+
+def test_ids_may_hold_any_line_separator(tmp_path: Path) -> None:
+    names = ["a\u2028b", "c\x85d", "e\x0cf", "g\nh"]
+    rows = [{"id": n, "member": i % 2 == 0, "score": i} for i, n in enumerate(names)]
+    table, lines = tmp_path / "a.csv", tmp_path / "a.jsonl"
+    text = "".join(f'"{r["id"]}",{r["member"]},{r["score"]}\n' for r in rows)
+    table.write_text("id,member,score\n" + text, encoding="utf-8", newline="")
+    lines.write_text("\n".join(json.dumps(r, ensure_ascii=False) for r in rows), encoding="utf-8")
+    for path in (table, lines):
+        found = read_scores(path)
+        assert [*found.member_ids, *found.non_member_ids] == [names[i] for i in (0, 2, 1, 3)]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("a.csv", "id,member,score,score\na,1,2,3\nb,0,1,4\n", "column score is there twice"),
+        ("a.json", "[" * 100_000, "nested too deeply"),
+        ("a.csv", "id,member,score\na,1,1.7e308\nb,0,-1.7e308\n", "no finite number"),
+    ],
+)
+def test_ambiguous_and_boundless_files_are_refused_in_one_line(
+    tmp_path: Path, name: str, text: str, words: str
+) -> None:
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(DataError, match=words):
+        read_scores(tmp_path / name)
+
+
+def test_scores_of_any_size_are_measured(tmp_path: Path) -> None:
+    rows = [{**r, "score": r["score"] * 1e299} for r in _candidates(1.0, 100)]
+    _, huge = _audit(_csv(tmp_path / "huge.csv", rows), claim_epsilon=1.0)
+    rows = [{**r, "score": r["score"] / 1e299} for r in rows]
+    _, usual = _audit(_csv(tmp_path / "usual.csv", rows), claim_epsilon=1.0)
+    estimate = usual["attacks"][0]["epsilon_estimate"]
+    assert huge["attacks"][0]["epsilon_estimate"] == pytest.approx(estimate, rel=1e-6)
+
+
 @pytest.mark.parametrize(
     ("shift", "claim", "code", "verdict"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import stat
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from small_fleets import CLIPPED, NOISED, OPTIMIZERS, fleet, parameters_of, part
 from small_runs import FIXED_NOISE, metrics, model, resume, run, run_until_killed
 
 from sottovoce.client.batches import BatchPlan
-from sottovoce.client.errors import ConfigError
+from sottovoce.client.errors import ConfigError, RunError
 from sottovoce.client.fleet import ExampleClipping, LocalTraining
 from sottovoce.privacy.audit import directions as made
 from sottovoce.privacy.audit.attacks import ATTACKS
@@ -240,10 +241,48 @@ def test_a_resumed_run_ends_with_the_same_bytes(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     run_until_killed(tmp_path / "run", *CANARIES, at=2)
+    with (tmp_path / "run" / "device_canaries.jsonl").open("a") as file:
+        file.write('{"round": 3, "drawn": [1')  # killed in the middle of a line
     assert resume(tmp_path / "run") == 0
     assert model(tmp_path / "run") == model(finished)
     for name in ("device_canaries.json", "device_canaries.jsonl"):
         assert (tmp_path / "run" / name).read_bytes() == (finished / name).read_bytes()
+
+
+def test_example_canaries_beside_them_change_nothing_for_canary_devices(
+    finished: Path, tmp_path: Path
+) -> None:
+    both = ("audit.canaries=mislabelled", "audit.number=40")
+    assert run(tmp_path / "run", *CANARIES, *both) == 0
+    record, alone = load_record(tmp_path / "run"), load_record(finished)
+    assert record is not None and alone is not None
+    np.testing.assert_array_equal(record.inside, alone.inside)
+    np.testing.assert_array_equal(record.drawn, alone.drawn)
+    assert run_audit(AuditConfig(run=str(tmp_path / "run"))) in (0, 4)
+    found = json.loads((tmp_path / "run" / "audit.json").read_text())
+    names = {attack["name"] for attack in found["attacks"] if attack["valid"]}
+    assert {"canary_device_rounds", "canary_loss"} <= names and len(found["checks"]) == 5
+
+
+@pytest.mark.parametrize("name", ["device_canaries.json", "device_canaries.jsonl"])
+def test_a_run_whose_record_is_gone_or_another_runs_is_not_audited_without_it(
+    finished: Path, tmp_path: Path, name: str
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    (folder / name).unlink()
+    with pytest.raises(RunError, match="device_canaries"):
+        load_run(folder)
+    shutil.copy(finished / name, folder)
+    header = json.loads((folder / "device_canaries.json").read_text())
+    (folder / "device_canaries.json").write_text(json.dumps({**header, "seed": 8}))
+    with pytest.raises(RunError, match="another run"):
+        load_run(folder)
+    shutil.copy(finished / "device_canaries.json", folder)
+    lines = (folder / "device_canaries.jsonl").read_text().splitlines(keepends=True)
+    (folder / "device_canaries.jsonl").write_text("".join(lines[:1] + lines[2:]))
+    with pytest.raises(RunError, match="lacks some of the 3 rounds"):
+        load_run(folder)
 
 
 def test_an_audit_holds_the_canaries_bound_against_the_device_claim(

@@ -148,9 +148,12 @@ def _with_rounds(audit: Audit, folder: Path) -> Audit:
     """The audit with the headline claim's epsilon by round, as far as the run recorded it."""
     try:
         lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        records: list[dict[str, Any]] = [json.loads(line) for line in lines if line.strip()]
+        found = [json.loads(line) for line in lines if line.strip()]
     except (OSError, ValueError):
         return audit
+    records: list[dict[str, Any]] = [
+        record for record in found if isinstance(record, dict) and "round" in record
+    ]
     name = f"epsilon_{audit.headline.unit}"
     known = [(r["round"], r[name]) for r in records if isinstance(r.get(name), int | float)]
     strongest = audit.headline_result

@@ -20,6 +20,8 @@ from sottovoce.privacy.audit.material import FinishedRun, Losses, Material, devi
 from sottovoce.privacy.audit.outcome import Facts, Scored
 from sottovoce.privacy.audit.roc import Scores
 
+KEPT = "real devices keep their examples, so that nobody can score them"
+
 
 @dataclass(frozen=True)
 class Attack(Facts, ABC):
@@ -55,6 +57,8 @@ class LossAttack(Attack):
     participants: bool = False
 
     def missing(self, run: FinishedRun) -> str | None:
+        if not run.population.at_hand:
+            return KEPT
         if self.relative and run.initial_model is None:
             return "the run kept no initial model"
         if self.participants and run.participants is None:

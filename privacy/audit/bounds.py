@@ -215,6 +215,6 @@ def _check_levels(delta: float, confidence: float) -> float:
     """The significance, 1 - confidence. Raises ValueError where delta or confidence is not one."""
     if not 0 <= delta < 1:
         raise ValueError(f"delta={delta} must be in [0, 1): 1e-5 is usual")
-    if not 0 < confidence < 1:
+    if not 0 < 1 - confidence < 1:
         raise ValueError(f"confidence={confidence} must be between 0 and 1: 0.95 is usual")
     return 1 - confidence

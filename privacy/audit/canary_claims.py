@@ -10,6 +10,7 @@ per device does not: it says nothing of a device that stays and says something e
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -62,4 +63,6 @@ def utility_beside(summary: dict[str, Any], without: str | None) -> tuple[Utilit
 
 
 def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return math.isfinite(value)

@@ -111,20 +111,26 @@ def _read_claim(unit: str, ledger: Any, summary: dict[str, Any], epsilon: Accoun
     stated = (summary.get("epsilon") or {}).get(unit) or {}
     delta = stated.get("delta") or ledger.deltas.get(unit)
     if delta is None or unit not in ledger.units:
-        return Claim(unit, OBSERVER, math.inf, delta)
+        return Claim(unit, OBSERVER, math.inf, delta, published=_published(stated))
     spent = float(epsilon(ledger, float(delta), unit=unit, observer=OBSERVER))
-    published, exchanged = stated.get("epsilon"), math.inf
+    exchanged = math.inf
     if math.isfinite(spent):
         events = exchanging(list(ledger.events), unit)
         exchanged = max(spent, float(epsilon(events, float(delta), unit=unit, observer=OBSERVER)))
     return Claim(
         unit, OBSERVER, spent, float(delta),
-        published=None if published is None else float(published),
+        published=_published(stated),
         relation=ledger.tally.relation(unit),
         exchanged=exchanged,
         gaussian=_is_gaussian(ledger, unit),
         projection=_projection(ledger),
     )
+
+
+def _published(stated: dict[str, Any]) -> float | None:
+    """The epsilon in the summary, None where it states none."""
+    found = stated.get("epsilon")
+    return None if found is None else float(found)
 
 
 def _projection(ledger: Any) -> str | None:

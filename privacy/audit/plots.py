@@ -66,7 +66,8 @@ def _panels(audit: Audit, draw: Any, height: float) -> str:
         grid = figure.subplots(rows, ROW, squeeze=False).ravel()
         for axes, (result, found) in zip(grid, measured, strict=False):
             draw(axes, result, found)
-            axes.set_title(f"{result.attack.name.replace('_', ' ')}, per {result.attack.unit}")
+            name = result.attack.name.replace("_", " ")
+            axes.set_title(f"{name}, per {result.attack.unit}", parse_math=False)
         for axes in grid[len(measured):]:
             axes.set_axis_off()
         return _svg(figure)

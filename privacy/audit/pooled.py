@@ -23,6 +23,7 @@ from sottovoce.privacy.audit.figures import Estimate, LowerBound
 from sottovoce.privacy.audit.gaussian import gaussian_epsilon
 
 METHOD = "pooled-variance Gaussian fit"
+LARGE = 1e100  # scores beyond it have no squares
 ASSUMES = (
     "the mechanism is Gaussian, and each canary's statistic is normal, with one variance for all, "
     "independent of the others but for a shift common to all"
@@ -87,8 +88,14 @@ def pooled_gaussian_lower_bound(
 def _standardised(
     members: NDArray[np.float64], non_members: NDArray[np.float64]
 ) -> tuple[float, float, int]:
-    """Difference of the means, pooled standard deviation, degrees of freedom."""
+    """Difference of the means, pooled standard deviation, degrees of freedom.
+
+    Of scores so large that their squares would overflow, both in a unit of their own.
+    """
     freedom = len(members) + len(non_members) - 2
+    largest = max(float(np.abs(s).max(initial=0.0)) for s in (members, non_members))
+    if LARGE < largest < math.inf:
+        members, non_members = members / largest, non_members / largest
     squares = sum(float(np.square(s - s.mean()).sum()) for s in (members, non_members))
     shift = float(members.mean() - non_members.mean())
     return shift, math.sqrt(squares / max(freedom, 1)), freedom
@@ -97,7 +104,10 @@ def _standardised(
 def _least_noncentrality(t: float, freedom: int, significance: float) -> float:
     """The noncentrality at which Student's t exceeds `t` with probability `significance`, or 0."""
     def excess(centre: float) -> float:
-        return float(special.nctdtr(freedom, centre, t)) - (1 - significance)
+        below = float(special.nctdtr(freedom, centre, t))
+        if math.isnan(below):  # it has no digits where this is next to 0 or 1
+            below = float(t > centre)
+        return below - (1 - significance)
 
     if t <= 0 or excess(0.0) <= 0:
         return 0.0

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from sottovoce.client.errors import ConfigError
+from sottovoce.privacy.audit.attacks import KEPT
 from sottovoce.privacy.audit.code_exposure import ExposureProbe
 from sottovoce.privacy.audit.extraction import InversionProbe
 from sottovoce.privacy.audit.leakage import Leakage, Probe
@@ -64,6 +65,8 @@ class ObservedUpdates(Probe):
     def missing(self, run: FinishedRun) -> str | None:
         if self.inner is None:
             return NO_TRAINING
+        if not run.population.at_hand:
+            return KEPT
         if not self.noised and not adds_noise(self.inner.training):
             return NO_NOISE.format(name=self.inner.name)
         return self.inner.missing(run)

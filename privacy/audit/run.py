@@ -50,7 +50,8 @@ def run_audit(
         for part in audit_table(audit):
             console.print(part)
         if cfg.scores or cfg.output:
-            console.print(f"\nreport: {folder / 'audit.html'}", soft_wrap=True, highlight=False)
+            place = f"\nreport: {folder / 'audit.html'}"
+            console.print(place, soft_wrap=True, highlight=False, markup=False)
     return audit.judgement.verdict.exit_code
 
 

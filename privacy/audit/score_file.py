@@ -8,8 +8,8 @@ are left alone.
 from __future__ import annotations
 
 import csv
+import io
 import json
-import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from sottovoce.privacy.audit.outcome import Scored
 COLUMNS = ("id", "member", "score")
 TRUE, FALSE = ("true", "1", "yes", "in"), ("false", "0", "no", "out")
 FORMATS = (".csv", ".tsv", ".json", ".jsonl")
+
+LARGEST = 1e300  # so that differences of scores are finite too
 
 Row = tuple[str, dict[str, Any]]  # where it stands, what it holds
 
@@ -69,7 +71,7 @@ def _rows(path: Path, text: str) -> Iterator[Row]:
     if kind in (".csv", ".tsv"):
         yield from _table_rows(path, text, "\t" if kind == ".tsv" else ",")
     elif kind == ".jsonl":
-        for number, line in enumerate(text.splitlines(), 1):
+        for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
                 yield f"line {number}", _object(path, f"line {number}", _parsed(path, line, number))
     else:
@@ -81,13 +83,18 @@ def _rows(path: Path, text: str) -> Iterator[Row]:
 
 
 def _table_rows(path: Path, text: str, delimiter: str) -> Iterator[Row]:
-    reader = csv.DictReader(text.splitlines(), delimiter=delimiter, skipinitialspace=True)
+    lines = io.StringIO(text, newline="")
+    reader = csv.DictReader(lines, delimiter=delimiter, skipinitialspace=True)
     try:
         names = [str(name).strip() for name in reader.fieldnames or ()]
         if missing := [column for column in COLUMNS if column not in names]:
             raise DataError(
                 f"{path} line 1: no column {', '.join(missing)}: begin with a header that has "
                 f"{', '.join(COLUMNS)}"
+            )
+        if twice := [column for column in COLUMNS if names.count(column) > 1]:
+            raise DataError(
+                f"{path} line 1: column {', '.join(twice)} is there twice: keep the one that counts"
             )
         reader.fieldnames = names
         for row in reader:
@@ -99,6 +106,8 @@ def _table_rows(path: Path, text: str, delimiter: str) -> Iterator[Row]:
 def _parsed(path: Path, text: str, line: int) -> Any:
     try:
         return json.loads(text)
+    except RecursionError as error:
+        raise DataError(f"{path} line {line} is nested too deeply: write one flat list") from error
     except ValueError as error:
         at = line + getattr(error, "lineno", 1) - 1
         raise DataError(f"{path} line {at} is not JSON: {getattr(error, 'msg', error)}") from error
@@ -132,7 +141,7 @@ def _score(path: Path, place: str, row: dict[str, Any]) -> float:
         if isinstance(value, bool) or value is None:
             raise ValueError
         score = float(value)
-        if not math.isfinite(score):
+        if not abs(score) <= LARGEST:
             raise ValueError
     except (TypeError, ValueError, OverflowError):
         raise DataError(

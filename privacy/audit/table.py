@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from rich.console import RenderableType
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -36,7 +37,7 @@ def audit_table(audit: Audit) -> Iterator[RenderableType]:
         short = name if len(name) <= 24 else f"{name[:23]}…"
         about = f"{short}\n  {unit}, {observer}, {seconds} s"
         two_lines = (cell.replace(" [", "\n[") for cell in (auc, rate))
-        table.add_row(about, claimed, proved, ceiling, *two_lines)
+        table.add_row(escape(about), claimed, proved, ceiling, *map(escape, two_lines))
     yield table
     if audit.checks:
         yield Text("\n" + "\n".join(str(check) for check in audit.checks))
@@ -57,7 +58,7 @@ def leakage_table(leakage: Sequence[Leakage]) -> Table:
     for found in leakage:
         about = f"{found.name}\n  {found.unit}, {found.observer}, {found.seconds:.1f} s"
         value, *rest = leakage_cells(found)
-        table.add_row(about, value.replace(" [", "\n["), *rest)
+        table.add_row(escape(about), escape(value.replace(" [", "\n[")), *rest)
     return table
 
 

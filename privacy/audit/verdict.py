@@ -69,6 +69,8 @@ def judge_claim(
 ) -> Judgement:
     """What the findings for the claim's unit and observer say about it."""
     mine = [f for f in findings if (f.unit, f.observer) == (claim.unit, claim.observer)]
+    if not claim.finite and claim.contradiction is not None:
+        return Judgement(Verdict.INVALID, claim.contradiction)
     if not claim.finite:
         return Judgement(
             Verdict.INCONCLUSIVE,
@@ -141,11 +143,17 @@ def _against(claim: Claim, finding: Finding) -> _Compared | None:
 def judge(
     claims: Sequence[Claim], findings: Sequence[Finding], checks: Sequence[Check] = ()
 ) -> Judgement:
-    """A violation of any claim if there is one, else what holds for the headline claim."""
+    """A violation of any claim if there is one, else what holds for the headline claim.
+
+    No finding counts where summary and ledger disagree about any unit.
+    """
     judgements = {claim.unit: judge_claim(claim, findings, checks) for claim in claims}
     for judgement in judgements.values():
         if judgement.verdict is Verdict.VIOLATION:
             return judgement
+    for claim in claims:
+        if claim.contradiction is not None:
+            return judgements[claim.unit]
     return judgements[headline(claims, findings).unit]
 
 
