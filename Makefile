@@ -11,12 +11,13 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 .PHONY: help demo edge-demo test lint types protocol clean
 
 help:
-	@echo "make demo    a million devices train a voice assistant's language model, privately"
+	@echo "make demo        a million devices train a voice assistant's language model, privately"
 	@echo "make edge-demo   a server and eight device processes train over TLS"
-	@echo "make test    the tests"
-	@echo "make lint    ruff"
-	@echo "make types   mypy"
-	@echo "make clean   remove .venv and caches (runs/ stays)"
+	@echo "make test        the tests"
+	@echo "make lint        ruff"
+	@echo "make types       mypy"
+	@echo "make protocol    the code of the device protocol, from client/protocol/device.proto"
+	@echo "make clean       remove .venv and caches (runs/ stays)"
 	@echo
 	@echo "Python 3.11 or newer is taken from PATH; PYTHON=/path/to/python3 names another."
 
@@ -49,6 +50,14 @@ $(RUNTIME): pyproject.toml constraints.txt
 $(DEVELOP): $(RUNTIME)
 	@$(PIP) install -qq --constraint constraints.txt --editable . --group dev
 	@touch $@
+
+# protoc names modules by folders: it has to see the file where it is installed.
+PROTOCOL := sottovoce/client/protocol
+protocol: $(DEVELOP)
+	@mkdir -p build/$(PROTOCOL) && cp client/protocol/device.proto build/$(PROTOCOL)
+	@$(BIN)/python -m grpc_tools.protoc --proto_path build --python_out build --pyi_out build \
+	  --grpc_python_out build $(PROTOCOL)/device.proto
+	@cp build/$(PROTOCOL)/device_pb2* client/protocol/
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

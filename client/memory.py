@@ -10,8 +10,19 @@ from __future__ import annotations
 import ctypes
 import sys
 
-TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # names in mallopt(3)
+NAMES = {"trim_threshold": -1, "mmap_threshold": -3, "arenas": -8}
 LARGEST = 1 << 30
+
+
+def tune_allocator(**options: int) -> bool:
+    """Set options of mallopt(3), by the names in `NAMES`; False where the C library cannot."""
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # musl has none
+        return False
+    return all([mallopt(NAMES[option], value) for option, value in options.items()])
 
 
 def keep_freed_memory() -> bool:
@@ -19,10 +30,4 @@ def keep_freed_memory() -> bool:
 
     The process stays as large as it once was, and grows no further for it.
     """
-    if not sys.platform.startswith("linux"):
-        return False
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):  # musl has none
-        return False
-    return bool(mallopt(TRIM_THRESHOLD, LARGEST)) and bool(mallopt(MMAP_THRESHOLD, LARGEST))
+    return tune_allocator(trim_threshold=LARGEST, mmap_threshold=LARGEST)

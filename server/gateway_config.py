@@ -2,60 +2,40 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from omegaconf import DictConfig
 
 from sottovoce.server.config import SimulateConfig
 from sottovoce.server.gateway.settings import GatewaySettings
 
+METRICS_PORT = 9401  # of the verbs; a gateway that a program starts serves no metrics unasked
+_TYPES = get_type_hints(GatewaySettings)
+_DEFAULTS = {item.name: item.default for item in fields(GatewaySettings)}
 
-@dataclass
-class GatewayConfig:
-    """Where a gateway listens and what it keeps. `folder`: its devices, keys and socket, for good.
-
-    The rest is described by `GatewaySettings`.
-    """
-
-    folder: str = "gateway"
-    host: str = "127.0.0.1"
-    port: int = 9400
-    name: str = "sottovoce"
-    tls: bool = True
-    host_names: list[str] = field(default_factory=list)
-    certificate: str | None = None
-    private_key: str | None = None
-    mutual_tls: bool = False
-    enrol_port: int | None = None
-    metrics_host: str = "127.0.0.1"
-    metrics_port: int | None = 9401
-    reflection: bool | None = None
-    log_format: str = "text"
-    session_lifetime_s: float = 6 * 3600.0
-    hold_s: float = 30.0
-    come_back_s: float = 5.0
-    grace_s: float = 10.0
-    upload_stall_s: float = 20.0
-    upload_mb_in_flight: int = 256
-    device_calls_per_s: float = 20.0
-    peer_calls_per_s: float = 100.0
-    enrolments_per_minute: float = 120.0
+# The settings of a gateway as Hydra composes them: `GatewaySettings`, and the folder where its
+# devices, keys and socket stay for good.
+GatewayConfig = make_dataclass("GatewayConfig", [
+    ("folder", str, field(default="gateway")),
+    *((name, _TYPES[name], field(default=value))
+      for name, value in (_DEFAULTS | {"metrics_port": METRICS_PORT}).items()),
+])
 
 
 @dataclass
 class ServeConfig(SimulateConfig):
     """A run over real devices: the settings of a simulation, and the gateway's."""
 
-    gateway: GatewayConfig = field(default_factory=GatewayConfig)
+    gateway: Any = field(default_factory=GatewayConfig)
 
 
 @dataclass
 class GatewayVerb:
     """`sottovoce gateway`: a gateway alone, as the node of a coordinator elsewhere."""
 
-    gateway: GatewayConfig = field(default_factory=GatewayConfig)
+    gateway: Any = field(default_factory=GatewayConfig)
 
 
 @dataclass

@@ -22,8 +22,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from torch import Tensor
 
-from sottovoce.client.agent.connection import session_proof
-from sottovoce.client.protocol import CHUNK_BYTES, SESSION
+from sottovoce.client.protocol import CHUNK_BYTES, SESSION, session_proof
 from sottovoce.client.protocol import device_pb2 as pb
 from sottovoce.client.protocol.device_pb2_grpc import DevicesServicer, add_DevicesServicer_to_server
 from sottovoce.client.task_spec import TaskSpec

@@ -13,12 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sottovoce.client.protocol import CHUNK_BYTES, PROTOCOL, SESSION
+from sottovoce.client.protocol import CHUNK_BYTES, PROTOCOL, SESSION, session_proof
 from sottovoce.client.protocol import device_pb2 as pb
 from sottovoce.client.protocol.device_pb2_grpc import DevicesStub
 from sottovoce.client.wire import apply_delta, decode, encode, encoded_bytes
 from sottovoce.server.gateway.gateway import Gateway, GatewaySettings, RoundOrder, RoundResult
-from sottovoce.server.gateway.sessions import proof
 
 RUN = "spring"
 TIMEOUT_S = 15
@@ -82,7 +81,7 @@ class Device:
     def open(self) -> Device:
         """A session, by this device's key."""
         nonce = self.nonce()
-        answer = proof(self.key, nonce, self.number)
+        answer = session_proof(self.key, nonce, self.number)
         request = pb.OpenSessionRequest(device=self.number, nonce=nonce, proof=answer)
         session = self.stub.OpenSession(request, timeout=TIMEOUT_S).session
         self.metadata = ((SESSION, session),)

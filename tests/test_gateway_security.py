@@ -25,14 +25,13 @@ from gateway_devices import (
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from sottovoce.client.protocol import PROTOCOL, SESSION
+from sottovoce.client.protocol import PROTOCOL, SESSION, session_proof
 from sottovoce.client.protocol import device_pb2 as pb
 from sottovoce.client.protocol.device_pb2_grpc import DevicesStub
 from sottovoce.server.gateway import certificates
 from sottovoce.server.gateway.certificates import Authority
 from sottovoce.server.gateway.gateway import Gateway
 from sottovoce.server.gateway.logs import LOGGER, JsonLines
-from sottovoce.server.gateway.sessions import proof
 
 Code = grpc.StatusCode
 
@@ -72,20 +71,21 @@ def test_another_protocol_version_is_told_so(gateway: Gateway) -> None:
 def test_only_the_devices_own_key_opens_a_session_and_a_nonce_once(gateway: Gateway) -> None:
     device, other = Device(gateway), Device(gateway)
     nonce = device.nonce()
-    good = proof(device.key, nonce, device.number)
+    good = session_proof(device.key, nonce, device.number)
     for number, used, shown in [
-        (device.number, nonce, proof(other.key, nonce, device.number)),  # forged, burns the nonce
+        # forged, which burns the nonce
+        (device.number, nonce, session_proof(other.key, nonce, device.number)),
         (device.number, nonce, good),  # the right proof for a nonce that is burnt
         (other.number, device.nonce(), good),
         (device.number, b"", b""),
-        (device.number, bytes(32), proof(device.key, bytes(32), device.number)),
+        (device.number, bytes(32), session_proof(device.key, bytes(32), device.number)),
         (12345, nonce, good),
     ]:
         request = pb.OpenSessionRequest(device=number, nonce=used, proof=shown)
         refused(Code.UNAUTHENTICATED, device.stub.OpenSession, request, timeout=TIMEOUT_S)
     nonce = device.nonce()
     request = pb.OpenSessionRequest(
-        device=device.number, nonce=nonce, proof=proof(device.key, nonce, device.number)
+        device=device.number, nonce=nonce, proof=session_proof(device.key, nonce, device.number)
     )
     assert len(device.stub.OpenSession(request).session) == 32
     refused(Code.UNAUTHENTICATED, device.stub.OpenSession, request)  # replayed

@@ -8,7 +8,6 @@ goes wrong becomes one of four errors, by what a device can do about it.
 from __future__ import annotations
 
 import asyncio
-import hmac
 import ipaddress
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
@@ -18,7 +17,7 @@ import grpc
 
 from sottovoce.client.agent.identity import KEY_BYTES, Identity
 from sottovoce.client.errors import ConfigError, RunError
-from sottovoce.client.protocol import PROTOCOL, SESSION
+from sottovoce.client.protocol import PROTOCOL, SESSION, session_proof
 from sottovoce.client.protocol import device_pb2 as messages
 from sottovoce.client.protocol.device_pb2_grpc import DevicesStub
 
@@ -26,7 +25,6 @@ Reply = TypeVar("Reply")
 
 CALL_S = 30.0  # for a short answer
 LARGEST_MESSAGE = 4 << 20
-PURPOSE = b"sottovoce session v1"
 CHANNEL = [
     ("grpc.keepalive_time_ms", 60_000),
     ("grpc.keepalive_timeout_ms", 20_000),
@@ -285,8 +283,3 @@ class Connection:
                     Code.OUT_OF_RANGE, Code.ALREADY_EXISTS, Code.UNIMPLEMENTED):  # fmt: skip
             return Refused(details)
         return Unreachable(details)
-
-
-def session_proof(key: bytes, nonce: bytes, device: int) -> bytes:
-    """HMAC-SHA256 of the nonce under the device's key, for a session and for nothing else."""
-    return hmac.digest(key, PURPOSE + nonce + device.to_bytes(8, "big"), "sha256")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from pathlib import Path
 
+from sottovoce.client.memory import tune_allocator
+
 MEGABYTE = 1e6
-TRIM_THRESHOLD, MMAP_THRESHOLD, ARENAS = -1, -3, -8  # names in mallopt(3)
 MMAP_BYTES = 1 << 17
 
 
@@ -59,12 +58,4 @@ def lean_memory() -> bool:
     For a device that trains seldom and waits long. A thread of its own would have a pool of its own
     that stays as large as its largest task.
     """
-    if not sys.platform.startswith("linux"):
-        return False
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):  # musl has none
-        return False
-    done = [mallopt(ARENAS, 1), mallopt(TRIM_THRESHOLD, MMAP_BYTES),
-            mallopt(MMAP_THRESHOLD, MMAP_BYTES)]  # fmt: skip
-    return all(done)
+    return tune_allocator(arenas=1, trim_threshold=MMAP_BYTES, mmap_threshold=MMAP_BYTES)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hmac
+
 PROTOCOL = 1
 """Version that devices and gateways must share."""
 
@@ -14,3 +16,10 @@ SESSION = "session-bin"
 
 CHUNK_BYTES = 256 * 1024
 """Data in one message of a stream."""
+
+_PURPOSE = b"sottovoce session v1"
+
+
+def session_proof(key: bytes, nonce: bytes, device: int) -> bytes:
+    """What a device answers to a challenge: HMAC-SHA256 under its key, for a session alone."""
+    return hmac.digest(key, _PURPOSE + nonce + device.to_bytes(8, "big"), "sha256")

@@ -15,7 +15,7 @@ from typing import Any, NoReturn, TypeAlias
 
 import grpc
 
-from sottovoce.client.protocol import PROTOCOL, REASONS, SESSION
+from sottovoce.client.protocol import PROTOCOL, REASONS, SESSION, session_proof
 from sottovoce.client.protocol import device_pb2 as pb
 from sottovoce.server.gateway.certificates import Authority, device_of
 from sottovoce.server.gateway.desk import Decided, Desk
@@ -24,7 +24,7 @@ from sottovoce.server.gateway.logs import event
 from sottovoce.server.gateway.metrics import Metrics
 from sottovoce.server.gateway.registry import Registry
 from sottovoce.server.gateway.rounds import ACCEPTED, REFUSED
-from sottovoce.server.gateway.sessions import NONCE_BYTES, Challenges, Sessions, proof
+from sottovoce.server.gateway.sessions import NONCE_BYTES, Challenges, Sessions
 from sottovoce.server.gateway.settings import GatewaySettings
 from sottovoce.server.gateway.uploads import Broken, InFlight, receive
 from sottovoce.strategies.levels import MAX_LEVEL
@@ -95,7 +95,7 @@ class DeviceService:
         device = request.device
         fresh = self.challenges.use(device, request.nonce)
         key = self.registry.key(device)
-        expected = proof(key or bytes(32), request.nonce[:NONCE_BYTES], device)
+        expected = session_proof(key or bytes(32), request.nonce[:NONCE_BYTES], device)
         right = hmac.compare_digest(expected, request.proof)
         if not (fresh and right and key is not None):
             self._peers.take(caller_address(context.peer()), FAILURE_COST)

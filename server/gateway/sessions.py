@@ -8,7 +8,6 @@ started again has none, and every device opens another.
 from __future__ import annotations
 
 import hashlib
-import hmac
 import secrets
 import time
 from collections import OrderedDict, deque
@@ -18,12 +17,6 @@ from dataclasses import dataclass
 NONCE_BYTES = SESSION_BYTES = 32
 MAX_NONCES = 20_000
 NONCES_PER_DEVICE = 4
-PURPOSE = b"sottovoce session v1"
-
-
-def proof(key: bytes, nonce: bytes, device: int) -> bytes:
-    """What a device answers to a challenge."""
-    return hmac.digest(key, PURPOSE + nonce + device.to_bytes(8, "big"), "sha256")
 
 
 class Challenges:
