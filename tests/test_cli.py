@@ -222,6 +222,7 @@ def test_cfg_job_prints_all_settings_and_runs_nothing(
 
 
 def test_data_folder_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SOTTOVOCE_DATA", raising=False)
     assert composed("population=hwu").population.path == "../shared/data/hwu.train.jsonl.gz"
     monkeypatch.setenv("SOTTOVOCE_DATA", "elsewhere")
     assert composed("population=hwu").population.test_path == "elsewhere/hwu.test.jsonl.gz"
