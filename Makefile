@@ -1,5 +1,5 @@
 # Everything is installed into .venv, with the versions of constraints.txt. Each target does its own
-# set-up, which is repeated only when pyproject.toml or constraints.txt changes.
+# set-up, which is repeated only when pyproject.toml, constraints.txt or a kernel in C changes.
 
 PYTHON ?= python3
 VENV := .venv
@@ -37,7 +37,7 @@ lint: $(DEVELOP)
 types: $(DEVELOP)
 	@$(BIN)/mypy
 
-$(RUNTIME): pyproject.toml constraints.txt
+$(RUNTIME): pyproject.toml constraints.txt $(wildcard client/native/*.[ch])
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3" >&2; exit 1; }
 	@echo "Installing into $(VENV): a few minutes, once"

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sottovoce.client.native import LEVELS, kernels
 from sottovoce.privacy.gradients.factors import (
     PAIRED,
     Dense,
@@ -78,13 +79,30 @@ class Gram:
 
 
 def _exact_products(tensor: Tensor) -> Tensor:
-    """By numpy, which knows a matrix times its own transpose for what it is: half the work."""
+    """By the kernel, or by numpy; both know a matrix times its own transpose: half the work."""
+    found = _by_kernel(tensor)
+    if found is not None:
+        return found
     rows, length, width = tensor.shape
     products = np.empty((rows, length, length))
     for some in _parts(rows, CACHEFUL // max(1, length * width)):
         values = tensor[some].detach().double().numpy()
         np.matmul(values, values.transpose(0, 2, 1), out=products[some])
     return torch.from_numpy(products)
+
+
+def _by_kernel(tensor: Tensor) -> Tensor | None:
+    """The products, where there is a kernel that is faster than numpy: with AVX-512."""
+    library = kernels()
+    if library is None or library.kernels_level() < LEVELS.index("avx512"):
+        return None
+    if tensor.dtype != torch.float32 or tensor.stride(2) != 1:
+        return None
+    rows, length, width = tensor.shape
+    products = torch.empty((rows, length, length), dtype=torch.float64)
+    places = tensor.data_ptr(), rows, length, width, tensor.stride(0), tensor.stride(1)
+    failed = library.kernels_gram(*places, products.data_ptr())
+    return None if failed else products
 
 
 def _products(tensor: Tensor) -> Tensor:

@@ -6,6 +6,9 @@ inverse of its distribution function. Close to the ends u is too coarse for that
 2^-12 of one of them, every 4096th, keeps its sign alone, and its size is drawn anew from 52 bits
 that the stream gives next. A draw goes up to 8.9 standard deviations.
 
+A kernel in C does the central part (`sottovoce.client.native`), torch where there is none: the same
+numbers up to rounding.
+
 Without its key a stream cannot be told from random bits; and thousands of devices' noise costs half
 of what a generator for each of them would.
 
@@ -23,8 +26,11 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sottovoce.client.native import kernels
+
 KEY_BYTES = 32
 WORD = 4  # bytes
+Words = NDArray[np.int32]
 START = bytes(16)  # of the counter: every key is used for one stream only
 TAIL_WORDS = 1 << 19  # at either end of the words: every 4096th of all
 ENDS = (1 << 31) - TAIL_WORDS
@@ -55,54 +61,74 @@ class NoiseStreams:
         rows = _padded(flat, np.cumsum([0, *counts]))
         return rows.mul_(deviation.unsqueeze(1)) if isinstance(deviation, Tensor) else rows
 
-    def flat(self, counts: Sequence[int], deviation: float = 1.0) -> Tensor:
-        """(sum(counts),): the draws of one stream after another, `counts[k]` of stream k."""
-        normals = torch.empty(sum(counts), dtype=torch.float32)
-        words = np.empty(min(len(normals), AT_ONCE), dtype=np.int32)
-        places, signs, done = [], [], 0
+    def flat(self, counts: Sequence[int], deviation: float = 1.0, first: int = 0) -> Tensor:
+        """(sum(counts),): the draws of one stream after another, `counts[k]` of `first` + k."""
+        normals = np.empty(sum(counts), dtype=np.float32)
+        words, done = normals.view(np.int32), 0
+        places = [np.zeros(0, dtype=np.int64)]
         for pieces in _portions(counts):
-            size = self._fill(words, pieces)
-            part = normals[done : done + size]
-            part.copy_(torch.from_numpy(words[:size])).mul_(2.0**-31).erfinv_()
-            part.mul_(deviation * math.sqrt(2))
-            near = words[:size].view(np.uint32) - np.uint32(ENDS) < 2 * TAIL_WORDS  # modulo 2^32
-            found = np.flatnonzero(near)
-            places.append(found + done)
-            signs.append(words[found])
+            size = sum(count for _, count in pieces)
+            here = words[done : done + size]
+            self._fill(here, pieces, first)
+            places.append(_to_normals(here, deviation) + done)
             done += size
-        where = np.concatenate(places) if places else np.zeros(0, dtype=np.int64)
+        where = np.concatenate(places)
         if len(where):
-            self._redraw(normals, np.concatenate(signs), where, np.cumsum([0, *counts]), deviation)
-        return normals
+            self._redraw(normals, where, np.cumsum([0, *counts]), deviation, first)
+        return torch.from_numpy(normals)
 
-    def _fill(self, words: NDArray[np.int32], pieces: list[tuple[int, int]]) -> int:
-        """The next words of some streams, one stream after another; how many those are."""
+    def _fill(self, words: Words, pieces: list[tuple[int, int]], first: int) -> None:
+        """The next words of some streams, one stream after another."""
         target, done = words.data.cast("B"), 0
         for stream, size in pieces:
             end = done + WORD * size
-            self._streams[stream].update_into(ZEROS[: WORD * size], target[done:end])
+            self._streams[first + stream].update_into(ZEROS[: WORD * size], target[done:end])
             done = end
-        return done // WORD
 
     def _redraw(
         self,
-        normals: Tensor,
-        signs: NDArray[np.int32],
+        normals: NDArray[np.float32],
         where: NDArray[np.int64],
         ends: NDArray[np.int64],
         deviation: float,
+        first: int,
     ) -> None:
-        """Draw the sizes of the normals at `where` (m,), stream after stream, with these signs."""
+        """Draw the sizes of the normals at `where` (m,), stream after stream, with their signs."""
         owners = np.searchsorted(ends, where, side="right") - 1
         streams, found = np.unique(owners, return_counts=True)
         bits = [
-            self._streams[k].update(bytes(8 * count))
+            self._streams[first + k].update(bytes(8 * count))
             for k, count in zip(streams.tolist(), found.tolist(), strict=True)
         ]
         uniform = (np.frombuffer(b"".join(bits), dtype="<u8") >> np.uint64(12)) + 0.5
         below = torch.from_numpy(uniform * (2.0**-52 * TAIL_WORDS / 2.0**32))
         size = torch.special.ndtri(below).mul_(-deviation).numpy()
-        normals.numpy()[where] = np.copysign(size, signs)
+        normals[where] = np.copysign(size, normals[where])
+
+
+def _to_normals(words: Words, deviation: float) -> NDArray[np.int64]:
+    """Words become float32 normals times `deviation`, in place. Places of the words close to the
+    ends, (m,) ascending: they become their signs.
+    """
+    library = kernels()
+    if library is None:
+        return _by_torch(words, deviation)
+    tails = np.empty(len(words), dtype=np.int32)
+    found = library.kernels_normals(
+        words.ctypes.data, len(words), deviation, tails.ctypes.data
+    )
+    return tails[:found].astype(np.int64)
+
+
+def _by_torch(words: Words, deviation: float) -> NDArray[np.int64]:
+    near = words.view(np.uint32) - np.uint32(ENDS) < 2 * TAIL_WORDS  # modulo 2^32
+    found, normals = np.flatnonzero(near), words.view(np.float32)
+    drawn = torch.from_numpy(words).float().mul_(2.0**-31).erfinv_()
+    drawn.mul_(deviation * math.sqrt(2))
+    signs = np.where(words[found] < 0, np.float32(-1), np.float32(1))
+    normals[:] = drawn.numpy()
+    normals[found] = signs
+    return found
 
 
 def _portions(counts: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
