@@ -12,8 +12,9 @@ a worker. Ours is the verb `simulate` with its files (`simulation_ours.py`), the
 examples in their own order, where nothing is left to chance, and must end at the same loss.
 `--privacy example` runs ours with per-example eDP-SGD on every device, `none,example` beside our
 run without. Peak memory is that of training, before the final test; several processes' peaks are
-added up. `--scale` compares rounds over the populations of `--users` and opens ten million devices
-(`ten_million.py`), without the peer.
+added up. `--blazefl-venv DIR` runs BlazeFL beside them, from an environment that has its source
+(`simulation_blazefl.py`). `--scale` compares rounds over the populations of `--users` and opens ten
+million devices (`ten_million.py`), without the peer.
 """
 
 from __future__ import annotations
@@ -86,15 +87,37 @@ def peers(
     return found | {"peak_memory_mib": found["peak_rss_mib"] * workers}
 
 
+def blazefls(
+    options: argparse.Namespace, model: str, users: int, noise_seed: int, *more: str
+) -> Figures:
+    """A run of BlazeFL, which has neither workers of the same kind nor users made on the fly."""
+    given = {
+        "--bench": options.bench, "--model": model, "--users": users,
+        "--cohort": options.cohort or COHORTS[model], "--warmup": options.warmup,
+        "--iterations": rounds_of(options, model), "--seed": options.seed,
+        "--noise-seed": noise_seed,
+    }
+    words = [str(word) for pair in given.items() for word in pair]
+    python = str(options.blazefl_venv / "bin" / "python")
+    found = measured(
+        [python, str(HERE / "simulation_blazefl.py"), *words, *more], peer_environment(1)
+    )
+    return found | {"peak_memory_mib": found["peak_rss_mib"]}
+
+
 def agreement(options: argparse.Namespace, python: Path, model: str) -> Figures:
     """Final losses where both sides must do the same: no noise, no shuffling."""
     report(f"{model}: both sides without noise and shuffling")
     users = options.users[0]
     mine = ours(options, model, users, 1, "none", *NO_CHANCE, "--rounds", "2", "--in-order")
     other = peers(options, python, model, users, 1, 0, *NO_CHANCE, "--iterations", "2")
-    gap = abs(mine["test"]["loss"] - other["test"]["loss"])
+    losses = {"ours": mine["test"]["loss"], "pfl": other["test"]["loss"]}
+    if options.blazefl_venv is not None:
+        third = blazefls(options, model, users, 0, *NO_CHANCE, "--iterations", "2")
+        losses["blazefl"] = third["test"]["loss"]
+    gap = max(abs(loss - losses["ours"]) for loss in losses.values())
     return {
-        "ours": mine["test"]["loss"], "pfl": other["test"]["loss"], "difference": gap,
+        **losses, "difference": gap,
         "clipped_fraction": mine["clipped_fraction"], "passed": gap < SAME_LOSS,
     }
 
@@ -107,7 +130,7 @@ def setting(
     options: argparse.Namespace, python: Path | None, model: str, users: int, workers: int
 ) -> Figures:
     """All runs of one model, population and number of workers, in turns."""
-    arms: dict[str, list[Figures]] = {"none": [], "example": [], "pfl": []}
+    arms: dict[str, list[Figures]] = {"none": [], "example": [], "pfl": [], "blazefl": []}
     for repeat in range(options.repeats):
         for privacy in options.privacy:
             report(f"{model}, {users} users, {workers} worker(s): ours, {privacy}, {repeat + 1}")
@@ -115,6 +138,9 @@ def setting(
         if python is not None:
             report(f"{model}, {users} users, {workers} worker(s): pfl, {repeat + 1}")
             arms["pfl"].append(peers(options, python, model, users, workers, repeat))
+        if options.blazefl_venv is not None and workers == 1:
+            report(f"{model}, {users} users: BlazeFL, {repeat + 1}")
+            arms["blazefl"].append(blazefls(options, model, users, repeat))
     found: Figures = {
         "model": model, "users": users, "workers": workers,
         "cohort": options.cohort or COHORTS[model],
@@ -160,6 +186,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--peer", choices=["pfl", "none"], default="pfl")
     parser.add_argument("--peer-venv", type=Path, default=simulation_peer.DEFAULT_FOLDER)
+    parser.add_argument("--blazefl-venv", type=Path, help="run it too, from this environment")
     parser.add_argument("--bench", type=Path, default=BENCH, help="folder of synth_users.py")
     parser.add_argument("--model", default="bag,lstm,lm")
     parser.add_argument("--users", type=numbers, default=[10_000, 1_000_000])

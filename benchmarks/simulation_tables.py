@@ -27,6 +27,10 @@ def compared(arms: dict[str, list[Figures]], model: str) -> Figures:
         found["floor"] = FLOORS[model]
         found["passed"] = ratios["clients_per_second"]["median"] >= FLOORS[model]
         found["loss_difference"] = found["loss"]["none"]["mean"] - found["loss"]["pfl"]["mean"]
+    if mine and arms.get("blazefl"):
+        found["ratio_to_blazefl"] = {
+            key: pair_ratios(mine, arms["blazefl"], key) for key in SHOWN
+        }
     if mine and private:
         share = pair_ratios(private, mine, "clients_per_second")
         found["private_over_not"] = share

@@ -6,6 +6,7 @@ import math
 import platform
 from typing import Any
 
+from sottovoce.client import native
 from sottovoce.server.claims import Claim, installed_version
 from sottovoce.server.run_record import UNITS, Record, RunRecord, setting
 from sottovoce.server.wording import (
@@ -31,9 +32,13 @@ Row = list[tuple[str, bool]]
 
 
 def environment() -> dict[str, str]:
-    """Versions that a result depends on; a run stores them as `environment` in summary.json."""
+    """Versions that a result depends on, and which kernels ran (`sottovoce.client.native`).
+
+    A run stores them as `environment` in summary.json.
+    """
     names = ("sottovoce", "torch", "flwr", "dp-accounting", "numpy")
-    return {"python": platform.python_version(), **{n: installed_version(n) for n in names}}
+    found = {"python": platform.python_version(), **{n: installed_version(n) for n in names}}
+    return found | {"kernels": native.level()}
 
 
 def versions(run: RunRecord) -> dict[str, str]:
