@@ -109,6 +109,10 @@ class PeriodView(Population):
     def __len__(self) -> int:
         return len(self.whole)
 
+    def expect(self, devices: Ids) -> None:
+        """Have all examples of `devices` read meanwhile, in the window or not."""
+        self.whole.base.expect(devices)
+
     def examples(self, devices: Ids, indices: Sequence[Ids] | None = None) -> Examples:
         """Examples of training devices that are in the window: all, or numbers `indices[k]`.
 

@@ -37,6 +37,10 @@ def _nothing() -> None:
     """What a corpus in memory has to forget."""
 
 
+def _nobody(devices: NDArray[np.int64]) -> None:
+    """Whose examples a corpus in memory has to read."""
+
+
 @dataclass(frozen=True)
 class Corpus:
     """Examples sorted by device, the training devices first.
@@ -44,7 +48,8 @@ class Corpus:
     `train` has labels as numbered in `intents` and `tags`, in order of appearance. `test`: the test
     files' examples in their random order, as those of one device, or None. `activity`: (training
     devices,). `natural`: whether a device is a user. `empty`: rows without words. `folder`: of the
-    index, None in memory. `release`: forgets what was read of mapped arrays.
+    index, None in memory. `release`: forgets what was read of mapped arrays. `expect`: lets the
+    system read the examples of some devices in advance.
     """
 
     train: Examples
@@ -58,6 +63,7 @@ class Corpus:
     empty: int
     folder: Path | None = None
     release: Callable[[], None] = _nothing
+    expect: Callable[[NDArray[np.int64]], None] = _nobody
 
 
 def activity_kind(largest: int) -> str:

@@ -111,6 +111,19 @@ def open_corpus(folder: Path) -> Corpus:
             if name in arrays:
                 arrays[name].release()
 
+    def expect(devices: Array) -> None:
+        arrays["device_offsets"].expect(devices, devices + 2)
+        bounds = arrays["device_offsets"].array
+        first, last = bounds[devices], bounds[devices + 1]
+        arrays["offsets"].expect(first, last + 1)
+        offsets = arrays["offsets"].array
+        for name, starts, stops in (
+            ("intent", first, last), ("tokens", offsets[first], offsets[last]),
+            ("slots", offsets[first], offsets[last]),
+        ):
+            if name in arrays:
+                arrays[name].expect(starts, stops)
+
     return Corpus(
         train=examples(""),
         test=examples("test_") if "test_tokens" in arrays else None,
@@ -123,6 +136,7 @@ def open_corpus(folder: Path) -> Corpus:
         empty=header["empty"],
         folder=folder.absolute(),
         release=release,
+        expect=expect,
     )
 
 

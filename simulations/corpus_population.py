@@ -81,6 +81,10 @@ class CorpusPopulation(Population):
             raise IndexError("an example number is beyond its device's activity")
         return self._gather(devices, counts, numbers)
 
+    def expect(self, devices: NDArray[np.int64]) -> None:
+        """Have the examples of `devices` read from disk meanwhile, where they lie there."""
+        self._corpus.expect(np.asarray(devices, dtype=np.int64))
+
     def held_out_devices(self, limit: int | None = None) -> Examples:
         """The first examples (`max_held_out_examples` at most) of devices that never train."""
         sizes = self.held_out_activity(limit).astype(np.int64)

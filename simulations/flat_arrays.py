@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -78,10 +79,29 @@ class Mapped:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self.array: Array = np.frombuffer(self._map or b"", dtype=f"<{kind}")
 
+    def expect(self, starts: Array, stops: Array) -> None:
+        """Ask the system to read elements `starts[k]:stops[k]` (m,) meanwhile, without waiting."""
+        if self._map is None or not hasattr(mmap, "MADV_WILLNEED"):
+            return
+        size, page = self.array.itemsize, mmap.PAGESIZE
+        pages = np.stack([starts * size // page, -(-stops * size // page)])[:, starts < stops]
+        for first, end in _merged(pages):
+            self._map.madvise(mmap.MADV_WILLNEED, first * page, (end - first) * page)
+
     def release(self) -> None:
         """Give the pages that were read back to the system's cache, out of this process' memory."""
         if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
             self._map.madvise(mmap.MADV_DONTNEED)
+
+
+def _merged(ranges: Array) -> Iterator[tuple[int, int]]:
+    """Ranges (2, m) from and up to a number, those that meet as one, in ascending order."""
+    firsts, ends = ranges[:, np.argsort(ranges[0])]
+    ends = np.maximum.accumulate(ends)
+    cuts = np.flatnonzero(firsts[1:] > ends[:-1]) + 1
+    for part in np.split(np.arange(len(firsts)), cuts):
+        if len(part):
+            yield int(firsts[part[0]]), int(ends[part[-1]])
 
 
 def write_bundle(path: Path, arrays: dict[str, Array]) -> None:

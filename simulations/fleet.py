@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sottovoce.client.alone import LoneTrainer
+from sottovoce.client.bag_trainer import BagTrainer, make_bag_trainer
 from sottovoce.client.cohort import Chunk, Draw, chunks, cut_group, draw_cohort
 from sottovoce.client.coins import has_dropout
 from sottovoce.client.fleet import Fleet, FleetReply, LocalTraining
@@ -39,7 +40,14 @@ from sottovoce.simulations.blocks import (
     spans,
 )
 from sottovoce.simulations.canary_devices import canaries_of, direction_update
-from sottovoce.simulations.group_size import ALONE, GroupSize, Way, possible_ways
+from sottovoce.simulations.group_size import (
+    ALONE,
+    BAGS,
+    NATIVE,
+    GroupSize,
+    Way,
+    possible_ways,
+)
 from sottovoce.simulations.population import Population
 from sottovoce.simulations.workers import Workers, layout_of
 from sottovoce.strategies.levels import activity_levels
@@ -87,10 +95,14 @@ class SimulatedFleet(Fleet):
         self.training, self.source, self.workers = training, source, workers
         self.engine, self.drops, self.attendance = engine, has_dropout(model), attendance
         self.canaries = canaries_of(population)
+        self._bags: BagTrainer | None = None
         positions = training.plan.batch_size * task.max_length
         ways = possible_ways(model, training, engine, positions)
         if group_size is not None and engine != "opacus":
             ways = [Way(engine, group_size)]
+        elif engine == "grouped":
+            self._bags = make_bag_trainer(model, task, training)
+            ways = ways if self._bags is None else [Way(NATIVE, BAGS)]
         self.size = GroupSize(ways, fixed=source.reproducible)
         self._trainers: dict[Way, GroupTrainer | LoneTrainer] = {}
         self._heavy = heavy(model, training, task.max_length)
@@ -104,6 +116,7 @@ class SimulatedFleet(Fleet):
         levels: NDArray[np.uint8] | None = None,
     ) -> FleetReply:
         first_device = int(devices.min()) if len(devices) else 0
+        self.population.at_round(server_round).expect(devices)  # read while the first ones train
         devices, canaries = self._apart(devices)
         blocks, absent = self._blocks(devices, levels, server_round)
         total = RoundSum(self.model, self.training, server_round)
@@ -139,7 +152,10 @@ class SimulatedFleet(Fleet):
             total = RoundSum(self.model, self.training, server_round, room())
             while first < end:
                 way = self.size.next()
-                total.add(*self._train_group(parameters, own, first, way, server_round))
+                if way.engine == NATIVE:
+                    self._train_bags(parameters, own, first, way.devices, total)
+                else:
+                    total.add(*self._train_group(parameters, own, first, way, server_round))
                 first = min(first + way.devices, end)
             yield total
 
@@ -230,6 +246,19 @@ class SimulatedFleet(Fleet):
         work = sum(draw.rows for draw in draws)
         self.size.measured(way, work, time.perf_counter() - began)
         return draws, data, updates
+
+    def _train_bags(
+        self, parameters: dict[str, Tensor], chunk: Chunk, first: int, devices: int, total: RoundSum
+    ) -> None:
+        """Train a group for `total`, device by device in C."""
+        assert self._bags is not None
+        here = slice(first, first + devices)
+        draws = chunk.draws[here]
+        coins = GroupCoins(self.source, total.round, draws, chunk.numbers[here])
+        noised = total.training.step_deviation > 0
+        streams = coins.streams("device noise") if noised else None
+        updates = self._bags.train(parameters, chunk, first, devices, streams, total)
+        total.note(draws, updates)
 
     def _trainer(self, way: Way) -> GroupTrainer | LoneTrainer:
         parts = self.model, self.task, self.training

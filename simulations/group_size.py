@@ -26,12 +26,13 @@ KEPT_BYTES = 10  # in a forward pass, at each position, for each output of a lin
 GATES = 8  # numbers that a recurrent layer keeps for each of its hidden units
 FUSED = (nn.LSTM, nn.GRU, nn.RNN)
 
-ALONE = "alone"
+ALONE, NATIVE = "alone", "native"
+BAGS = 128  # devices of a group that is trained by `BagTrainer`
 
 
 class Way(NamedTuple):
-    """How a group trains: by `GroupTrainer`'s engine of that name, or `LoneTrainer` where it is
-    "alone"; and how many devices it has.
+    """How a group trains: by `GroupTrainer`'s engine of that name, by `LoneTrainer` where it is
+    "alone", or by `BagTrainer` where it is "native"; and how many devices it has.
     """
 
     engine: str

@@ -47,6 +47,10 @@ class Population(ABC):
         Always the same examples for the same (device, number), whatever else is asked for.
         """
 
+    def expect(self, devices: NDArray[np.int64]) -> None:
+        """Get ready, without waiting, to be asked for the examples of training `devices`."""
+        return  # who makes examples, or has them in memory, need not
+
     @abstractmethod
     def held_out_devices(self, limit: int | None = None) -> Examples:
         """Examples of (at most `limit`) held-out devices."""

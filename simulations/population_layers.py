@@ -29,6 +29,10 @@ class PopulationLayer(Population):
         self.held_out, self.public_words = base.held_out, base.public_words
         self.activity = base.activity
 
+    def expect(self, devices: Ids) -> None:
+        """As beneath, of its own devices."""
+        self.base.expect(devices[devices < len(self.base)])
+
     def held_out_devices(self, limit: int | None = None) -> Examples:
         """Examples of held-out devices: nothing is put among them."""
         return self.base.held_out_devices(limit)

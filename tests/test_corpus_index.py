@@ -187,6 +187,58 @@ def test_example_numbers_pick_the_same_from_an_index(tmp_path: Path) -> None:
         pair[1].examples(devices, [np.array([99]), np.array([0])])
 
 
+# --- reading ahead --------------------------------------------------------------------------------
+
+RANGES = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 9)), max_size=12)
+
+
+@settings(deadline=None)
+@given(ranges=RANGES)
+def test_ranges_that_meet_are_asked_for_once_and_nothing_beside_them(
+    ranges: list[tuple[int, int]]
+) -> None:
+    firsts = np.array([first for first, _ in ranges], dtype=np.int64)
+    ends = firsts + np.array([size + 1 for _, size in ranges], dtype=np.int64)
+    merged = list(flat_arrays._merged(np.stack([firsts, ends])))
+    covered = [page for first, end in merged for page in range(first, end)]
+    assert covered == sorted({p for f, e in zip(firsts, ends, strict=True) for p in range(f, e)})
+    assert all(end < first for (_, end), (first, _) in zip(merged, merged[1:], strict=False))
+
+
+def test_what_devices_are_asked_for_is_what_was_expected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = _jsonl(tmp_path / "a.jsonl", [row | {"user_id": f"u{k % 9}"}
+                                          for k, row in enumerate(_requests(80))])
+    population = JsonlPopulation(train, index=tmp_path)
+    seen: dict[int, set[int]] = {}
+    really = flat_arrays.Mapped.expect
+
+    def expect(mapped: flat_arrays.Mapped, starts: np.ndarray, stops: np.ndarray) -> None:
+        places = seen.setdefault(mapped.array.ctypes.data, set())
+        places.update(p for a, b in zip(starts, stops, strict=True) for p in range(a, b))
+        really(mapped, starts, stops)
+
+    monkeypatch.setattr(flat_arrays.Mapped, "expect", expect)
+    whole, devices = population._corpus.train, np.array([5, 2])
+    before = _lists(population.examples(devices))
+    population.expect(devices)
+    bounds = [whole.device_offsets[[k, k + 1]] for k in devices]
+    rows = {row for first, last in bounds for row in range(first, last)}
+    words = {at for row in rows for at in range(whole.offsets[row], whole.offsets[row + 1])}
+    assert seen[whole.tokens.ctypes.data] == seen[whole.slots.ctypes.data] == words
+    assert seen[whole.intent.ctypes.data] == rows
+    assert seen[whole.offsets.ctypes.data] >= rows | {row + 1 for row in rows}
+    assert _lists(population.examples(devices)) == before
+
+
+@pytest.mark.parametrize("devices", [[], [0], list(range(10))])
+def test_any_devices_may_be_expected(tmp_path: Path, devices: list[int]) -> None:
+    train = _jsonl(tmp_path / "a.jsonl", _people())
+    for index in (None, tmp_path):
+        JsonlPopulation(train, index=index).expect(np.array(devices, dtype=np.int64))
+
+
 @pytest.mark.parametrize("lines, named", MALFORMED)
 def test_a_malformed_file_gives_the_same_line_as_in_memory(
     tmp_path: Path, lines: list[Any], named: str
