@@ -47,7 +47,8 @@ class LocalUpdates:
     (K,) variance of noise that is part of the update but not in `noise`, in each of its
     coordinates: whoever adds updates up draws it for the sum; None where nothing is owed.
     `materialised`: (K, U) variance of what is in `noise`, in the touched rows of a cut table whose
-    rows do not all have the same (`LazyRows`); None where `owed` tells it.
+    rows do not all have the same (`LazyRows`); None where `owed` tells it. Where updates were added
+    up while they were trained (`BagTrainer`), `signal` is empty.
     """
 
     signal: dict[str, Tensor]

@@ -39,7 +39,7 @@ class RoundSum:
         server_round: int,
         room: Room | None = None,
     ) -> None:
-        self.training = training.at(server_round)
+        self.round, self.training = server_round, training.at(server_round)
         self.table = sparse_table(model, training)[0]
         self.room = new_room(room_shapes(model, training)) if room is None else room
         for tensor in self.room.values():
@@ -66,19 +66,28 @@ class RoundSum:
                 continue
             for part in parts:
                 total += (keep.float() @ part[name].reshape(here, -1)).view(total.shape)
+        levels, owed = self.note(draws, updates)
+        if self.table is not None:
+            drawn = updates.materialised
+            drawn = None if drawn is None else drawn[kept]
+            self._owe(levels, touched, data.touched_counts[keep.numpy()], owed, drawn)
+
+    def note(self, draws: list[Draw], updates: LocalUpdates) -> tuple[NDArray[np.int64], Tensor]:
+        """Count a group whose updates are in `sums`, and what was drawn of their rows in `touched`.
+
+        Levels (n,) of its n finite devices and what each of them owes (n,).
+        """
+        keep = updates.finite
         levels = np.array([draw.level for draw in draws], dtype=np.int64)[keep.numpy()]
         for level, devices in enumerate(np.bincount(levels).tolist()):
             if devices:
                 self.levels[level] = self.levels.get(level, 0) + devices
         owed = torch.zeros(len(levels), dtype=torch.float64)
         if updates.owed is not None:
-            owed = updates.owed[kept]
+            owed = updates.owed[keep]
             self.lent += owed.sum()
-        if self.table is not None:
-            drawn = updates.materialised
-            drawn = None if drawn is None else drawn[kept]
-            self._owe(levels, touched, data.touched_counts[keep.numpy()], owed, drawn)
         self._count(updates, keep)
+        return levels, owed
 
     def _owe(
         self,

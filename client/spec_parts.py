@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import fields as dataclass_fields
+from functools import partial
 from typing import Any, get_args
 
 from sottovoce.client.batches import BatchPlan
@@ -59,12 +60,15 @@ def check_model(fields: Fields) -> dict[str, Any]:
     if fields.one_of("name", MODEL_NAMES) == PRETRAINED:
         _check_pretrained(fields)
         return fields.values
-    for size in dataclass_fields(MODELS[fields.values["name"]].sizes):
+    sizes = MODELS[fields.values["name"]].sizes
+    for size in dataclass_fields(sizes):
         if size.name == "dropout":
             fields.maybe(size.name, lambda name: fields.number(name, 0, 1))
         else:
             most = MOST_LAYERS if size.name in ("layers", "heads") else LARGEST_SIZE
-            fields.maybe(size.name, lambda name, most=most: fields.whole(name, 1, most))  # type: ignore[misc]
+            least = sizes.fewest_layers if size.name == "layers" else 1
+            whole = partial(fields.whole, least=least, most=most)
+            fields.maybe(size.name, whole)
     fields.done()
     return fields.values
 

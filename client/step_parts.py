@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from sottovoce.client.groups import GroupData, length_buckets
+from sottovoce.privacy.layers import native_lstm
 
 PASS_OPERATIONS = 5e8  # that a processor does in the time that a pass costs beside arithmetic
 
@@ -42,6 +43,12 @@ class Part:
         self.weights = self.present / np.maximum(
             self.present.sum(axis=1, keepdims=True, dtype=np.float32), 1
         )
+
+    def fillers(self) -> NDArray[np.int64]:
+        """(n,) rows at the left of each device's that are not there."""
+        there = np.logical_or.accumulate(self.present, axis=1)
+        absent: NDArray[np.int64] = (~there).sum(axis=1, dtype=np.int64)
+        return absent
 
     def cut(self, columns: slice, devices: NDArray[np.int64] | None = None) -> Part:
         """Some columns, of all devices here or of those at some places among them."""
@@ -81,6 +88,15 @@ def by_length(part: Part, lengths: NDArray[np.int64]) -> list[Part]:
 
 
 def pass_rows(model: nn.Module, positions: int, table: str | None) -> float:
-    """Rows of `positions` each whose arithmetic costs as much as a pass does beside it."""
-    weights = sum(p.numel() for name, p in model.named_parameters() if name != table)
+    """Rows of `positions` each whose arithmetic costs as much as a pass does beside it.
+
+    Layers that pass over fillers (`Tape.fillers`) have no part in it.
+    """
+    spared = {
+        id(parameter) for module in model.modules() if isinstance(module, nn.LSTM)
+        for parameter in module.parameters() if native_lstm.suited(parameter)
+    }
+    weights = sum(
+        p.numel() for name, p in model.named_parameters() if name != table and id(p) not in spared
+    )
     return PASS_OPERATIONS / max(1, 6 * weights * positions)

@@ -15,10 +15,13 @@ from torch import nn
 from sottovoce.client.coins import has_dropout
 from sottovoce.client.errors import UnsupportedLayer
 from sottovoce.client.fleet import LocalTraining
+from sottovoce.client.tables import sparse_table
 from sottovoce.privacy.gradients.grouping import refuse_unknown
+from sottovoce.privacy.layers import native_lstm
 
 CANDIDATES = (1, 16, 32, 64, 128)
 USUAL = 16
+WITH_KERNELS = 32  # usual where layers have kernels of their own: calls are the larger part
 TRIALS = 4  # the first of which warms up
 GROUP_BYTES = 1 << 27  # about, of a group in training
 STACKS = 4  # of trainable weights: they, gradients, moves and noise
@@ -39,9 +42,15 @@ class Way(NamedTuple):
     devices: int
 
 
-def largest_group(model: nn.Module, positions: int) -> int:
-    """Devices that a thread has room for at once, each with `positions` in a step's batch."""
-    own = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+def largest_group(model: nn.Module, positions: int, table: str | None = None) -> int:
+    """Devices that a thread has room for at once, each with `positions` in a step's batch.
+
+    `table`: an embedding that is cut down to the rows that a device's text touches, or None.
+    """
+    own = sum(
+        p.element_size() * (p.numel() if name != table else min(len(p), positions) * p.shape[1])
+        for name, p in model.named_parameters() if p.requires_grad
+    )
     widths = sum(getattr(m, "out_features", GATES * getattr(m, "hidden_size", 0))
                  for m in model.modules())
     return max(1, GROUP_BYTES // max(1, own * STACKS + positions * widths * KEPT_BYTES))
@@ -53,14 +62,16 @@ def possible_ways(
     """All ways to train the model, the usual one first; `positions` of a step's batch.
 
     Device by device is possible by plain SGD where no examples are clipped and no dropout mask
-    must follow from an example's own seed; it is usual for recurrent models, and the only way for
-    layers without a tracked form, for which UnsupportedLayer is raised where it is not possible.
+    must follow from an example's own seed; it is usual for recurrent layers without a kernel of
+    ours, and the only way for layers without a tracked form, for which UnsupportedLayer is raised
+    where it is not possible.
     """
     if engine == "opacus":
         return [Way(engine, 1)]
-    most = largest_group(model, positions)
+    most = largest_group(model, positions, sparse_table(model, training)[0])
     sizes = sorted({min(size, most) for size in CANDIDATES})
-    usual = min(USUAL, most)
+    quick = any(_has_kernels(module) for module in model.modules())
+    usual = min(WITH_KERNELS if quick else USUAL, most)
     ways = [Way(engine, size) for size in sorted(sizes, key=lambda size: size != usual)]
     if training.example is not None or not training.plain or has_dropout(model):
         return ways
@@ -69,8 +80,13 @@ def possible_ways(
         refuse_unknown(model)
     except UnsupportedLayer:
         return [alone]
-    fused = any(type(module) in FUSED for module in model.modules())
+    fused = any(type(m) in FUSED and not _has_kernels(m) for m in model.modules())
     return [alone, *ways] if fused else [*ways, alone]
+
+
+def _has_kernels(module: nn.Module) -> bool:
+    """Whether a recurrent layer runs on compiled kernels when it is grouped."""
+    return type(module) is nn.LSTM and native_lstm.suited(*module.parameters())
 
 
 class GroupSize:

@@ -1,72 +1,94 @@
-"""The kernel that makes normals of words, at every level, beside scipy and torch."""
+"""Streams of normals by the kernel, at every level, beside the library's cipher and scipy."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 from scipy.special import ndtri
 
 from sottovoce.client import native
 from sottovoce.client.errors import ConfigError
 from sottovoce.privacy.mechanisms import noise_streams
-from sottovoce.privacy.mechanisms.noise_streams import KEY_BYTES, TAIL_WORDS, NoiseStreams
+from sottovoce.privacy.mechanisms.noise_streams import (
+    KEY_BYTES,
+    SUPERBLOCK,
+    TAIL_WORDS,
+    NoiseStreams,
+)
 
-ENDS = [-(2**31), -(2**31) + TAIL_WORDS - 1, 2**31 - TAIL_WORDS, 2**31 - 1]
-INSIDE = [-(2**31) + TAIL_WORDS, 2**31 - TAIL_WORDS - 1, -1, 0, 1]
-
-
-def converted(words: np.ndarray, deviation: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
-    """Normals of the words, and the places of tails."""
-    own = words.astype(np.int32)
-    return own.view(np.float32), noise_streams._to_normals(own, deviation)
+KEYS = [bytes(range(k, k + KEY_BYTES)) for k in range(3)]
 
 
-def test_a_word_becomes_the_normal_of_its_middle(kernel_level: native.Library) -> None:
-    random = np.random.default_rng(3).integers(-(2**31), 2**31, 100_003)
-    words = np.concatenate([ENDS, INSIDE, random])
-    normals, tails = converted(words)
-    central = np.ones(len(words), dtype=bool)
-    central[tails] = False
-    expected = ndtri((words[central] + 2**31 + 0.5) / 2**32)
-    np.testing.assert_allclose(normals[central], expected, rtol=5e-7, atol=0)
-    assert np.all(np.abs(expected) < 3.7)
+def normals_of(key: bytes, count: int) -> np.ndarray:
+    """The first draw of a stream, in float64 from the library's ChaCha20."""
+    cipher = Cipher(algorithms.ChaCha20(key, bytes(16)), mode=None).encryptor()
+
+    def words(wanted: int) -> np.ndarray:
+        drawn = cipher.update(bytes(4 * SUPERBLOCK * -(-wanted // SUPERBLOCK)))
+        blocks = np.frombuffer(drawn, "<u4")
+        return blocks.reshape(-1, 16, 16).transpose(0, 2, 1).reshape(-1)[:wanted].astype(np.int64)
+
+    drawn = words(count)
+    signed = np.where(drawn < 2**31, drawn, drawn - 2**32)
+    found = ndtri((signed + 2**31 + 0.5) / 2**32)
+    tails = np.flatnonzero((signed >= 2**31 - TAIL_WORDS) | (signed < -(2**31) + TAIL_WORDS))
+    low, high = words(2 * len(tails)).reshape(-1, 2).T
+    uniform = ((high << 20) + (low >> 12) + 0.5) * 2.0**-52
+    found[tails] = np.copysign(-ndtri(uniform * TAIL_WORDS / 2**32), signed[tails])
+    return found
 
 
-def test_tails_are_the_words_within_reach_of_an_end_and_keep_their_sign(
-    kernel_level: native.Library,
-) -> None:
-    words = np.concatenate([INSIDE, ENDS, np.zeros(300, dtype=np.int64), ENDS])
-    normals, tails = converted(words, deviation=0.25)
-    assert tails.tolist() == [5, 6, 7, 8, 309, 310, 311, 312]
-    assert normals[tails].tolist() == [-1, -1, 1, 1] * 2
+def test_a_stream_is_that_of_the_librarys_cipher(kernel_level: native.Library) -> None:
+    for key in KEYS:
+        found = NoiseStreams([key]).flat([300_007]).numpy()
+        np.testing.assert_allclose(found, normals_of(key, 300_007), rtol=1e-6, atol=0)
+        assert np.abs(found).max() > 3.7  # tails were among them
 
 
-@pytest.mark.parametrize("count", [0, 1, 3, 16, 17, 63, 64, 65, 1000])
-def test_any_number_of_words_is_converted_and_nothing_behind_them(
+@pytest.mark.parametrize("count", [0, 1, 3, 16, 63, 64, 65, 255, 256, 257, 1000])
+def test_any_number_may_be_drawn_and_nothing_is_written_behind_them(
     kernel_level: native.Library, count: int
 ) -> None:
-    words = np.random.default_rng(count).integers(-(2**30), 2**30, count + 5).astype(np.int32)
-    own = words.copy()
-    noise_streams._to_normals(own[:count], 2.0)
-    np.testing.assert_allclose(
-        own[:count].view(np.float32),
-        2 * ndtri((words[:count].astype(np.int64) + 2**31 + 0.5) / 2**32), rtol=5e-7,
-    )
-    assert np.array_equal(own[count:], words[count:])
+    room = np.full(count + 9, 7, dtype=np.float32)
+    key, place = np.frombuffer(KEYS[0], dtype="<u4"), np.zeros(1, dtype=np.int64)
+    sizes = np.array([count])
+    assert kernel_level.kernels_streams(
+        key.ctypes.data, place.ctypes.data, sizes.ctypes.data, 1, 2.0, room.ctypes.data
+    ) == 0
+    np.testing.assert_allclose(room[:count], 2 * normals_of(KEYS[0], count), rtol=1e-6)
+    assert np.all(room[count:] == 7)
 
 
 def test_streams_are_those_of_torch_up_to_rounding(
     kernel_level: native.Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    keys = [bytes([k]) * KEY_BYTES for k in range(3)]
     counts = [100_000, 7, 50_000]
-    fast = NoiseStreams(keys)
+    fast = NoiseStreams(KEYS)
     found = [fast.flat(counts, 0.3), fast.flat(counts, 0.3)]
     monkeypatch.setattr(noise_streams, "kernels", lambda: None)
-    slow = NoiseStreams(keys)
+    slow = NoiseStreams(KEYS)
     for each in found:  # the second draw shows that as much of a stream was used up
         torch.testing.assert_close(each, slow.flat(counts, 0.3), rtol=2e-4, atol=1e-7)
+    assert slow._places.tolist() == fast._places.tolist()
+
+
+def test_words_are_those_of_the_ciphers_published_test_vector(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """RFC 8439, A.1, vector 1: key, nonce and counter zero."""
+    monkeypatch.setattr(noise_streams, "kernels", lambda: None)
+    words = NoiseStreams([bytes(KEY_BYTES)])._words(0, SUPERBLOCK)[::16]
+    assert words[:4].astype("<i4").tobytes().hex() == "76b8e0ada0f13d90405d6ae55386bd28"
+
+
+def test_a_stream_ends_before_its_counter_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    streams = NoiseStreams(KEYS)
+    streams._places[1] = (1 << 28) - 1
+    streams.flat([5, 5])
+    with pytest.raises(ValueError, match="use a key for each round"):
+        streams.flat([5, 500])
 
 
 def test_the_environment_names_the_level(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,3 +104,4 @@ def test_the_environment_names_the_level(monkeypatch: pytest.MonkeyPatch) -> Non
     assert native.level() in ("generic", "off")
     monkeypatch.delenv(native.VARIABLE)
     native.kernels.cache_clear()
+    assert native.level() in ("off", *native.LEVELS)

@@ -19,6 +19,7 @@ from sottovoce.client.memory import keep_freed_memory
 from sottovoce.client.step_parts import Part, by_size
 from sottovoce.privacy.gradients.engine import backward, descend
 from sottovoce.privacy.gradients.grouping import group
+from sottovoce.privacy.layers import native_lstm
 from sottovoce.simulations.group_size import ALONE, TRIALS, GroupSize, Way, possible_ways
 
 MODELS = ["bilstm", "transformer", "lstm", "causal_transformer"]
@@ -45,6 +46,17 @@ def test_a_layer_without_a_tracked_form_trains_alone_or_not_at_all() -> None:
     with pytest.raises(UnsupportedLayer, match="Bilinear"):
         group(odd, 1)
     assert ALONE not in {way.engine for way in possible_ways(odd, clipped, "grouped", 8)}
+
+
+@pytest.mark.parametrize("kernel", [False, True])
+def test_an_lstm_trains_in_groups_where_it_has_a_kernel(
+    kernel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native_lstm, "suited", lambda *_: kernel)
+    fast = fleet("lstm", None, None)
+    ways = possible_ways(fast.model, fast.training, "grouped", 8)
+    assert ways[0] == (Way("grouped", 32) if kernel else Way(ALONE, 16))
+    assert {way.engine for way in ways} == {"grouped", ALONE}
 
 
 def test_clipped_examples_or_another_optimiser_are_not_trained_alone() -> None:

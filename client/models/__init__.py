@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from sottovoce.client.errors import ConfigError
+from sottovoce.client.models.bag import Bag
 from sottovoce.client.models.base import Shape, TextModel
 from sottovoce.client.models.bilstm import BiLSTM
 from sottovoce.client.models.causal_transformer import CausalTransformer
@@ -25,7 +26,7 @@ from sottovoce.client.tasks import TASKS, Task
 __all__ = ["MODELS", "Shape", "TextModel", "initialise", "make_model"]
 
 MODELS: dict[str, type[TextModel]] = {
-    model.name: model for model in (BiLSTM, Transformer, LSTM, CausalTransformer)
+    model.name: model for model in (BiLSTM, Transformer, LSTM, CausalTransformer, Bag)
 }
 
 

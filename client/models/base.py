@@ -36,12 +36,15 @@ class Sizes:
     hidden_size: int = 64
     layers: int = 1
     dropout: float = 0.0
+    fewest_layers: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         for size in fields(self):
-            value = getattr(self, size.name)
-            if size.name != "dropout" and value < 1:
-                raise ConfigError(f"model.{size.name}={value} must be at least 1")
+            value, least = getattr(self, size.name), 1
+            if size.name == "layers":
+                least = self.fewest_layers
+            if size.name != "dropout" and value < least:
+                raise ConfigError(f"model.{size.name}={value} must be at least {least}")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"model.dropout={self.dropout} must be at least 0 and below 1")
 
@@ -71,7 +74,7 @@ class TextModel(nn.Module, ABC):
     def __init__(self, shape: Shape, sizes: Sizes) -> None:
         super().__init__()
         self.outputs = shape.outputs
-        self.embedding = nn.Embedding(shape.vocabulary_size, sizes.input_width)
+        self.embedding: nn.Module = nn.Embedding(shape.vocabulary_size, sizes.input_width)
         self.dropout = nn.Dropout(sizes.dropout)
         self.heads = nn.ModuleDict(
             {output.name: nn.Linear(sizes.output_width, output.classes) for output in shape.outputs}

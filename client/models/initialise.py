@@ -59,7 +59,7 @@ def _draw(layer: nn.Module, generator: torch.Generator) -> None:
         _uniform(layer.weight, layer.in_features, generator)
         if layer.bias is not None:
             layer.bias.zero_()
-    elif isinstance(layer, nn.Embedding):
+    elif isinstance(layer, (nn.Embedding, nn.EmbeddingBag)):
         layer.weight.normal_(0.0, 0.3, generator=generator)
     elif isinstance(layer, nn.LayerNorm):
         layer.reset_parameters()

@@ -27,8 +27,17 @@ _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 SIGNATURES: dict[str, tuple[object, list[type]]] = {
     "kernels_use": (ctypes.c_int, [ctypes.c_int]),
     "kernels_level": (ctypes.c_int, []),
-    "kernels_normals": (_INT, [_POINTER, _INT, _FLOAT, _POINTER]),
+    "kernels_streams": (ctypes.c_int, [_POINTER, _POINTER, _POINTER, _INT, _FLOAT, _POINTER]),
     "kernels_gram": (ctypes.c_int, [_POINTER, _INT, _INT, _INT, _INT, _INT, _POINTER]),
+    "kernels_linear": (None, [*[_INT] * 4, *[_POINTER] * 4]),
+    "kernels_matmul": (None, [*[_INT] * 4, *[_POINTER] * 3]),
+    "kernels_outer": (
+        None, [*[_INT] * 4, *[_POINTER] * 3, ctypes.c_int, _FLOAT, _POINTER, _INT]
+    ),
+    "kernels_lstm": (ctypes.c_int, [_POINTER, ctypes.c_int]),
+    "kernels_bags_scratch": (_INT, [_INT]),
+    "kernels_bags_plan": (_INT, [_POINTER]),
+    "kernels_bags_train": (None, [_POINTER, _INT, _INT]),
 }
 
 

@@ -32,6 +32,14 @@ static inline void NAME(gram_block)(
         }
 }
 
+/* Whether a row (length, width) is nothing but zeros. */
+static int NAME(gram_nothing)(const float *x, int64_t length, int64_t width, int64_t step) {
+    for (int64_t t = 0; t < length; t++)
+        for (int64_t k = 0; k < width; k++)
+            if (x[t * step + k] != 0) return 0;
+    return 1;
+}
+
 /* x (rows, length, width), of rows and positions that many numbers apart, to products
  * (rows, length, length). `space`: doubles, (length rounded up to SIDE) x CHUNK. */
 static void NAME(gram)(
@@ -40,6 +48,7 @@ static void NAME(gram)(
 ) {
     for (int64_t row = 0; row < rows; row++, products += length * length, x += row_step) {
         memset(products, 0, sizeof(double) * (size_t)(length * length));
+        if (NAME(gram_nothing)(x, length, width, position_step)) continue; /* it fills up a step */
         for (int64_t start = 0; start < width; start += GRAM_CHUNK) {
             int64_t here = width - start < GRAM_CHUNK ? width - start : GRAM_CHUNK;
             int64_t chunk = (here + WIDTH - 1) / WIDTH * WIDTH;

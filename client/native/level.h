@@ -1,7 +1,17 @@
 /* All kernels at one level: included once for each, without a guard. */
 #include "vectors.h"
 #include "normals.h"
+#include "chacha.h"
+#include "streams.h"
 #include "gram.h"
+#include "gemm.h"
+#include "lstm.h"
+#include "bag_products.h"
+#include "bags.h"
+#include "bag_gradients.h"
+#include "bag_training.h"
+#undef TALL
+#undef WIDE
 #undef NAME
 #undef WIDTH
 #undef floats

@@ -123,8 +123,9 @@ def descend(grouped: Grouped, losses: Tensor, weights: dict[str, Tensor], rate: 
         return
     _record(grouped, losses)
     with torch.no_grad(), _full_precision(losses.device.type):
+        shared: dict[int, Tensor] = {}
         for name, uses in grouped.tape.take(rows).items():
-            apply_factors(uses, weights[name], rate)
+            apply_factors(uses, weights[name], rate, shared)
 
 
 def _record(grouped: Grouped, losses: Tensor) -> None:
@@ -159,9 +160,15 @@ def _assemble(
             finite = torch.isfinite(norms)
             finite = finite if micro is None else micro.to_rows(finite)
             factors = {name: zero_rows(uses, finite) for name, uses in factors.items()}
-    sums = {}
+    sums: dict[str, Tensor] = {}
+    known: dict[tuple[int, ...], str] = {}  # both biases of an LSTM have one factor
     for name in list(factors):  # as recorded, big tables last; factors go as sums come
-        sums[name] = clipped_sum(factors.pop(name), scales[name], shapes[name], groups)
+        uses, scale = factors.pop(name), scales[name]
+        twin = known.setdefault((id(scale), *map(id, uses)), name)
+        if twin in sums:
+            sums[name] = sums[twin].clone()
+        else:
+            sums[name] = clipped_sum(uses, scale, shapes[name], groups)
     for name in shapes.keys() - sums.keys():
         sums[name] = _floats(grouped).new_zeros((groups, *shapes[name]))
     return ClippedSums({name: sums[name] for name in shapes}, norms)

@@ -79,13 +79,14 @@ class Dense:
 
     def scaled_sum(self, scale: Tensor | None, shape: torch.Size, groups: int) -> Tensor:
         x, g = wide(self.x), wide(self.g)
+        if groups > 1:
+            x, g = (side.reshape(groups, -1, side.shape[2]) for side in (x, g))
+            own = None if scale is None else scale.view(groups, -1)
+            return gemm.stacked_outer_sum(g, x, own).view(groups, *shape)
         if scale is not None:
             weight = scale.view(-1, 1, 1)
             x, g = (x * weight, g) if x.shape[2] < g.shape[2] else (x, g * weight)
-        if groups == 1:
-            return gemm.outer_sum(*_flat(g, x)).view(1, *shape)
-        x, g = (side.reshape(groups, -1, side.shape[2]) for side in (x, g))
-        return gemm.stacked_outer_sum(g, x).view(groups, *shape)
+        return gemm.outer_sum(*_flat(g, x)).view(1, *shape)
 
     def bundled(self, bundles: Bundles) -> Dense:
         return Dense(bundles.laid(self.x), bundles.laid(self.g))
@@ -285,16 +286,20 @@ def clipped_sum(
     return out
 
 
-def descend(factors: list[Factor], weights: Tensor, rate: float) -> None:
+def descend(
+    factors: list[Factor], weights: Tensor, rate: float, sums: dict[int, Tensor] | None = None
+) -> None:
     """weights - rate * (sum of each group's gradients), in place: (groups, *shape), contiguous.
 
-    The sums of small matrices and of tables are never built.
+    The sums of small matrices and of tables are never built. `sums`: those made for other
+    parameters, by id of a factor that is theirs as well.
     """
+    sums = {} if sums is None else sums
     groups, shape = weights.shape[0], weights.shape[1:]
     for factor in factors:
-        if isinstance(factor, Dense) and gemm.is_small(groups, factor.g, factor.x):
+        if isinstance(factor, Dense):
             g, x = (wide(side).reshape(groups, -1, side.shape[2]) for side in (factor.g, factor.x))
-            weights.baddbmm_(g.transpose(1, 2), x, alpha=-rate)
+            gemm.add_outer_sum(weights.view(groups, *shape[:1], -1), g, x, -rate)
         elif isinstance(factor, Bag) and factor.countable(shape, groups):
             g = wide(factor.g).view(groups, -1, shape[1])
             weights.baddbmm_(factor.counts(shape, groups).transpose(1, 2), g, alpha=-rate)
@@ -304,7 +309,9 @@ def descend(factors: list[Factor], weights: Tensor, rate: float) -> None:
             values = (wide(words.g) * -rate).reshape(-1, shape[1])  # alpha would be far slower
             weights.view(groups * shape[0], shape[1]).index_add_(0, rows, values)
         else:
-            weights.sub_(factor.scaled_sum(None, shape, groups), alpha=rate)
+            if id(factor) not in sums:
+                sums[id(factor)] = factor.scaled_sum(None, shape, groups)
+            weights.sub_(sums[id(factor)], alpha=rate)
 
 
 def zero_rows(factors: list[Factor], keep: Tensor) -> list[Factor]:

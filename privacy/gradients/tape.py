@@ -15,12 +15,15 @@ class Tape:
 
     `rows` is the number of rows of the pass in progress: set by the first leaf that sees them, so
     that an embedding fed with one broadcast row (position ids of shape (1, T)) can be told apart.
+    `fillers`: (groups,) int64 rows that each group begins with and whose losses weigh nothing, or
+    None: set before a forward pass, for layers that save themselves the arithmetic.
     """
 
     def __init__(self) -> None:
         self.rows: int | None = None
         self.inside = 0  # calls of the whole model that are under way
         self.listener: Callable[[str, Factor], None] | None = None
+        self.fillers: Tensor | None = None
         self._row_seeds: Tensor | None = None
         self._calls = 0
         self._factors: dict[str, list[Factor]] = {}
@@ -51,6 +54,11 @@ class Tape:
         """
         return self.rows if self.inside else None
 
+    def fillers_of(self, rows: int) -> Tensor | None:
+        """The fillers where a layer sees the rows of the pass."""
+        fits = self.fillers is not None and rows == self.rows_now and rows % len(self.fillers) == 0
+        return self.fillers if fits else None
+
     def see(self, rows: int) -> None:
         """Note the number of rows of a forward pass (the largest first dimension seen)."""
         if self.rows is None or rows > self.rows:
@@ -73,7 +81,7 @@ class Tape:
         Raises UnsupportedLayer when some layer's first dimension was not the rows: its per-row
         gradients cannot be told apart.
         """
-        factors, self._factors, self.rows = self._factors, {}, None
+        factors, self._factors, self.rows, self.fillers = self._factors, {}, None, None
         for name, uses in factors.items() if check else ():
             for use in uses:
                 seen = use.rows()

@@ -11,9 +11,7 @@ A *lane* is a direction, or a direction of one group of stacked weights: states 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import wraps
 from typing import Any
 
 import torch
@@ -23,8 +21,10 @@ from sottovoce.client.errors import UnsupportedLayer
 from sottovoce.privacy.gradients import gemm
 from sottovoce.privacy.gradients.factors import Dense, Summed
 from sottovoce.privacy.gradients.tape import Tape
+from sottovoce.privacy.layers import native_lstm
 from sottovoce.privacy.layers.dropout import dropped
 from sottovoce.privacy.layers.linear import Leaf
+from sottovoce.privacy.layers.native_lstm import in_full
 
 KINDS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
@@ -82,17 +82,6 @@ def lane_step(pre: Tensor, state: Tensor, weight: Tensor, out: Tensor) -> None:
 def fast_tanh(x: Tensor, out: Tensor) -> Tensor:
     """tanh(x) = 2 sigmoid(2x) - 1, which torch computes four times faster."""
     return torch.mul(x, 2, out=out).sigmoid_().mul_(2).sub_(1)
-
-
-def in_full(method: Callable[..., Any]) -> Callable[..., Any]:
-    """`method` without autocast, whose products would not fit the states they are written to."""
-
-    @wraps(method)
-    def run(ctx: Any, first: Tensor, *rest: Any) -> Any:
-        with torch.autocast(first.device.type, enabled=False):
-            return method(ctx, first, *rest)
-
-    return run
 
 
 class _LSTMFunction(torch.autograd.Function):
@@ -252,7 +241,9 @@ class TrackedLSTM(Leaf):
         names = [kind + suffix for suffix in suffixes for kind in kinds]
         params = [getattr(self, name) for name in names]
         x, h0, c0 = (each.to(params[0].dtype) for each in (x, h0, c0))
-        result: tuple[Tensor, Tensor, Tensor] = _LSTMFunction.apply(  # type: ignore[no-untyped-call]
+        native = x.numel() > 0 and native_lstm.suited(x, h0, c0, *params)
+        function = native_lstm.NativeLSTMFunction if native else _LSTMFunction
+        result: tuple[Tensor, Tensor, Tensor] = function.apply(  # type: ignore[no-untyped-call]
             x, h0, c0, names, self, *params
         )
         return result
