@@ -12,7 +12,6 @@ rows that it reads, ascending, then in every step but the last one those of all 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -33,7 +32,6 @@ from sottovoce.privacy.mechanisms.noise_streams import NoiseStreams
 
 ROWS, WORDS, RATE = 5, 4, 0.1  # of the batch on which kernels and autograd have to agree
 CLOSE, ROUNDING = 1e-4, 1e-2  # relative to moves, and to weights in whose rounding moves may hide
-NORMALS = 1 << 18  # about, drawn at once: for a few devices, so that they are still in the cache
 
 Tensors = dict[str, Tensor]
 
@@ -72,9 +70,8 @@ class BagTrainer:
         self._set_model(parameters, total)
         self._set_training(training)
         self._group.plan()
-        for start, end, noise in self._noises(training, streams, steps, readings):
-            self._group.set(noise=noise)
-            self._group.train(start, end)
+        self._set_noise(training, streams, steps, readings)
+        self._group.train()
         updates.clipped_examples = int(self._group.fields.clipped_examples)
         if streams is not None:
             updates.owed = torch.from_numpy((steps > 0) * _variance(training))
@@ -128,25 +125,25 @@ class BagTrainer:
             variance=_variance(training),
         )
 
-    def _noises(
+    def _set_noise(
         self,
         training: LocalTraining,
         streams: NoiseStreams | None,
         steps: NDArray[np.int64],
         readings: NDArray[np.int64],
-    ) -> Iterator[tuple[int, int, Tensor | int]]:
-        """Devices in turn, first and last ones of a few, and the draws of those; 0 for none."""
+    ) -> None:
+        """How many draws each device needs, and the streams that they are taken from."""
         if streams is None:
-            yield 0, len(steps), 0
+            self._group.set(noise=0)
             return
         counts = np.maximum(steps - 1, 0) * self._dense + readings * self._width
-        part = np.cumsum(counts) // NORMALS
-        edges = [0, *(np.flatnonzero(np.diff(part)) + 1).tolist(), len(steps)]
-        deviation = training.learning_rate * training.step_deviation
-        for start, end in zip(edges, edges[1:], strict=False):
-            if start < end:
-                own = counts[start:end].tolist()
-                yield start, end, streams.flat(own, deviation, start)
+        most = int(counts.max(initial=0)) + 1
+        keys, places = streams.handed_over(counts)
+        self._group.set(
+            keys=keys, places=places, counts=counts, noise=np.empty(most, dtype=np.float32),
+            tails=np.empty(most, dtype=np.int32),
+            deviation=training.learning_rate * training.step_deviation,
+        )
 
 
 def _variance(training: LocalTraining) -> float:

@@ -22,7 +22,7 @@ from sottovoce.client.tasks import Batch, IntentSlots, Logits
 from sottovoce.client.training import GroupTrainer
 from sottovoce.client.vocabulary import HashVocabulary
 from sottovoce.privacy.mechanisms.noise import NoiseSource
-from sottovoce.privacy.mechanisms.noise_streams import NoiseStreams, _padded
+from sottovoce.privacy.mechanisms.noise_streams import KEY_BYTES, NoiseStreams, _padded
 from sottovoce.simulations.population import Population
 
 INTENTS, WORDS, LONGEST = 5, 30, 7
@@ -98,19 +98,40 @@ class Bag(nn.Module):
         return {"intent": self.linear[-1](features)}
 
 
-class Still(NoiseStreams):
-    """Streams whose draws do not depend on how many are drawn at once."""
+class Told(NoiseStreams):
+    """Streams that can tell once more what was drawn of them, however it is asked for then."""
 
     def __init__(self, streams: int) -> None:
-        self._own = [np.random.default_rng([7, k]) for k in range(streams)]
+        self._all_keys = [(k + 1).to_bytes(KEY_BYTES, "big") for k in range(streams)]
+        super().__init__(self._all_keys)
+
+    def handed_over(
+        self, sizes: NDArray[np.int64], first: int = 0
+    ) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+        self._sizes = sizes
+        return super().handed_over(sizes, first)
+
+    def again(self) -> Still:
+        drawn = NoiseStreams(self._all_keys).flat(self._sizes.tolist()).numpy()
+        return Still(np.split(drawn, np.cumsum(self._sizes)[:-1]))
+
+
+class Still(NoiseStreams):
+    """What each stream draws, one after another."""
+
+    def __init__(self, draws: list[NDArray[np.float32]]) -> None:
+        self._draws, self._at = draws, [0] * len(draws)
 
     def __len__(self) -> int:
-        return len(self._own)
+        return len(self._draws)
 
     def flat(self, counts: Sequence[int], deviation: float = 1.0, first: int = 0) -> Tensor:
-        drawn = [self._own[first + k].standard_normal(n) for k, n in enumerate(counts)]
-        flat = np.concatenate([np.zeros(0), *drawn]).astype(np.float32)
-        return torch.from_numpy(flat * np.float32(deviation))
+        parts = [np.zeros(0, dtype=np.float32)]
+        for k, count in enumerate(counts, first):
+            parts.append(self._draws[k][self._at[k] : self._at[k] + count])
+            self._at[k] += count
+            assert len(parts[-1]) == count, "more is drawn than the kernel drew"
+        return torch.from_numpy(np.concatenate(parts) * np.float32(deviation))
 
     def draw(self, counts: Sequence[int], deviation: float | Tensor = 1.0) -> Tensor:
         assert not isinstance(deviation, Tensor)
@@ -143,16 +164,14 @@ def parameters_of(model: nn.Module) -> dict[str, Tensor]:
 
 def together(
     model: nn.Module, population: Population, training: LocalTraining, chunk: Chunk,
-    parameters: dict[str, Tensor] | None = None,
+    parameters: dict[str, Tensor] | None = None, streams: NoiseStreams | None = None,
 ) -> tuple[RoundSum, LocalUpdates]:
     """All devices of a chunk by `GroupTrainer`."""
     trainer = GroupTrainer(model, task_of(population), training, len(chunk.draws), lends=True)
     total = RoundSum(model, training, 1)
     vocabulary = len(dict(model.named_parameters())[trainer.table]) if trainer.table else 0
     data = cut_group(chunk, 0, len(chunk.draws), trainer.table_input, vocabulary)
-    noised = training.step_deviation > 0
-    noise = DeviceNoise(Still(len(chunk.draws)) if noised else None)
-    updates = trainer.train(parameters or parameters_of(model), data, 1, noise)
+    updates = trainer.train(parameters or parameters_of(model), data, 1, DeviceNoise(streams))
     total.add(chunk.draws, data, updates)
     return total, updates
 
@@ -167,7 +186,7 @@ def natively(
     assert trainer is not None
     total, all_updates = RoundSum(model, training, 1), []
     count = len(chunk.draws)
-    given = streams if streams is not None else Still(count)
+    given = streams if streams is not None else Told(count)
     noised = training.step_deviation > 0
     assert group in (0, count) or not noised
     for first in range(0, count, group or count):
@@ -178,6 +197,17 @@ def natively(
         total.note(chunk.draws[first : first + (group or count)], updates)
         all_updates.append(updates)
     return total, all_updates
+
+
+def both(
+    model: nn.Module, population: Population, training: LocalTraining, chunk: Chunk,
+    parameters: dict[str, Tensor] | None = None,
+) -> tuple[tuple[RoundSum, LocalUpdates], tuple[RoundSum, LocalUpdates]]:
+    """By `GroupTrainer` and by `BagTrainer`, with the same noise."""
+    told = Told(len(chunk.draws)) if training.step_deviation > 0 else None
+    fast, (found,) = natively(model, population, training, chunk, parameters, told)
+    again = None if told is None else told.again()
+    return together(model, population, training, chunk, parameters, again), (fast, found)
 
 
 def assert_close(found: Tensor, expected: Tensor, tolerance: float = 2e-6) -> None:

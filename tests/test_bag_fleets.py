@@ -95,7 +95,6 @@ def test_the_noise_of_both_ways_is_as_large() -> None:
 def test_smaller_groups_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     first = reply(fleet(NOISED))
     one = fleet(NOISED)
-    monkeypatch.setattr(bag_trainer, "NORMALS", 500)
     one.size = group_size.GroupSize([Way(NATIVE, BAGS // 4)], fixed=True)
     monkeypatch.setattr("sottovoce.simulations.fleet.block_devices", lambda *a, **b: BAGS)
     for name, total in reply(one).sums.items():

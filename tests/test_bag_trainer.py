@@ -18,11 +18,11 @@ from bag_fleets import (
     Bag,
     Sayings,
     assert_close,
+    both,
     chunk_of,
     natively,
     parameters_of,
     task_of,
-    together,
     training_of,
 )
 from torch import Tensor
@@ -45,8 +45,7 @@ def compared(
 ) -> tuple[RoundSum, Any]:
     """Both ways, which must agree; the sum and the updates by `GroupTrainer`."""
     chunk = chunk_of(population, training, devices)
-    slow, updates = together(model, population, training, chunk, parameters)
-    fast, (found,) = natively(model, population, training, chunk, parameters)
+    (slow, updates), (fast, found) = both(model, population, training, chunk, parameters)
     scale = max(float(total.abs().max()) for total in slow.sums.values())
     for name, total in slow.sums.items():
         # Without noise a signal is a difference of rounded weights.
@@ -130,21 +129,6 @@ def test_any_division_into_groups_gives_the_same_sum(example: ExampleClipping | 
         assert torch.equal(parts.sums[name], total), name
 
 
-def test_the_noise_does_not_depend_on_how_many_devices_draw_at_once(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    population, training, model = Sayings(), training_of(NOISED, 0.2), Bag()
-    chunk = chunk_of(population, training, DEVICES)
-    sums = []
-    for normals in (1, 3000, 1 << 30):
-        monkeypatch.setattr(bag_trainer, "NORMALS", normals)
-        keys = [k.to_bytes(KEY_BYTES, "big") for k in range(len(DEVICES))]
-        total, _ = natively(model, population, training, chunk, streams=NoiseStreams(keys))
-        sums.append(total.sums)
-    for name, first in sums[0].items():
-        assert all(torch.equal(other[name], first) for other in sums[1:]), name
-
-
 @pytest.mark.parametrize("example", [None, NOISED])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("place", ["emb.weight", "linear.0.weight", "linear.1.bias"])
@@ -155,8 +139,7 @@ def test_rows_and_devices_that_are_not_finite_add_nothing(
     parameters = parameters_of(model)
     chunk = chunk_of(population, training, DEVICES)
     parameters[place][chunk.batch["tokens"][0, 0] if place == "emb.weight" else -1] = bad
-    slow, updates = together(model, population, training, chunk, parameters)
-    fast, (found,) = natively(model, population, training, chunk, parameters)
+    (slow, updates), (fast, found) = both(model, population, training, chunk, parameters)
     assert torch.equal(found.finite, updates.finite)
     assert fast.dropped == slow.dropped and (example is not None or fast.dropped > 0)
     for name, total in slow.sums.items():

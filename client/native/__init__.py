@@ -37,7 +37,7 @@ SIGNATURES: dict[str, tuple[object, list[type]]] = {
     "kernels_lstm": (ctypes.c_int, [_POINTER, ctypes.c_int]),
     "kernels_bags_scratch": (_INT, [_INT]),
     "kernels_bags_plan": (_INT, [_POINTER]),
-    "kernels_bags_train": (None, [_POINTER, _INT, _INT]),
+    "kernels_bags_train": (None, [_POINTER]),
 }
 
 

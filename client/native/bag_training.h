@@ -126,9 +126,9 @@ static void NAME(bag_plain)(struct bags *b, struct bag_room *room, int64_t rows)
     NAME(bag_scatter)(b, room, rows, room->rows);
 }
 
-/* All steps of device k; the place after its noise. */
-static const float *NAME(bag_steps)(struct bags *b, struct bag_room *room, int64_t k,
-                                    int64_t touched, const float *noise) {
+/* All steps of device k, whose draws begin at `noise`. */
+static void NAME(bag_steps)(struct bags *b, struct bag_room *room, int64_t k, int64_t touched,
+                            const float *noise) {
     int32_t stamp = 0;
     for (int64_t s = 0, v = b->starts[k], end; s < b->steps[k]; s++, v = end) {
         end = bag_step_end(b, k, s, v);
@@ -155,7 +155,6 @@ static const float *NAME(bag_steps)(struct bags *b, struct bag_room *room, int64
         if (b->clips) noise = NAME(bag_private)(b, room, k, s, touched, rows, noise);
         else NAME(bag_plain)(b, room, rows);
     }
-    return noise;
 }
 
 /* to += scale * part, or part + other, in double precision. */
@@ -244,16 +243,18 @@ static void NAME(bag_finish)(struct bags *b, struct bag_room *room, int64_t k, i
     }
 }
 
-/* Train devices first:last and add them up, after `bag_plan`. */
-static void NAME(bag_train)(struct bags *b, int64_t first, int64_t last) {
+/* Train all devices and add them up, after `bag_plan`. */
+static void NAME(bag_train)(struct bags *b) {
     struct bag_room room = {0};
-    const float *noise = b->noise;
     bag_lay_out(b, &room, b->room);
     memset(room.marks, 0, (size_t)((b->vocabulary + 63) / 64) * 8);
-    for (int64_t k = first; k < last; k++) {
+    for (int64_t k = 0; k < b->devices; k++) {
         float *signal = room.signal;
         int64_t touched = NAME(bag_begin)(b, &room, k);
-        noise = NAME(bag_steps)(b, &room, k, touched, noise);
+        if (b->noise)
+            b->places[k] = NAME(stream)(b->keys + 8 * k, b->places[k], b->counts[k],
+                                        (float)b->deviation, b->noise, b->tails);
+        NAME(bag_steps)(b, &room, k, touched, b->noise);
         if (!b->clips) NAME(bag_moved)(b, &room, touched);
         NAME(bag_finish)(b, &room, k, touched);
         room.signal = signal;

@@ -25,7 +25,15 @@ struct bags {
     /* clips: 0 no examples, 1 to `clip`, 2 automatically. bound: of an update, 0 for none */
     int64_t clips;
     double rate, clip, units, bound, variance; /* variance: of a step's noise in an update */
-    const float *noise; /* all draws of the first device asked for, the next one's after them; or NULL */
+    /* noise: of each device the key of its stream (8 words), the superblock where that is, and how
+     * many draws it needs; `deviation` of a draw. Room for one device's: `noise`, NULL where there is
+     * none, and `tails`. */
+    const uint32_t *keys;
+    int64_t *places;
+    const int64_t *counts;
+    double deviation;
+    float *noise;
+    int32_t *tails;
     /* where finite updates are added, and the variance of what was drawn for each table row */
     double *table_sum, *const *weight_sums, *const *bias_sums, *drawn;
     /* what comes out, of each device: `readings` are rows read after the first step */

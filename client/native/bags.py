@@ -26,8 +26,9 @@ class Bags(ctypes.Structure):
             "tokens", "lengths", "labels", "starts", "step", "row", "steps")),
         ("clips", _INT),
         *((name, _DOUBLE) for name in ("rate", "clip", "units", "bound", "variance")),
+        *((name, _POINTER) for name in ("keys", "places", "counts")), ("deviation", _DOUBLE),
         *((name, _POINTER) for name in (
-            "noise", "table_sum", "weight_sums", "bias_sums", "drawn",
+            "noise", "tails", "table_sum", "weight_sums", "bias_sums", "drawn",
             "losses", "visits", "readings", "norms", "finite", "clipped")),
         *((name, _INT) for name in ("clipped_examples", "most_rows", "most_touched", "most_steps")),
         ("scratch", _POINTER), ("room", _POINTER),
@@ -60,7 +61,7 @@ class BagGroup:
             return ctypes.addressof(places)
         if isinstance(value, Tensor):
             return address(value)
-        assert value.flags.c_contiguous and value.dtype.itemsize in (1, 8)
+        assert value.flags.c_contiguous
         return value.ctypes.data
 
     def plan(self) -> None:
@@ -76,9 +77,9 @@ class BagGroup:
             raise ValueError("a word or an intent is not among those that the model knows")
         self._grow(size)
 
-    def train(self, first: int, last: int) -> None:
-        """Train devices `first:last`, whose draws lie at `noise`."""
-        self._library.kernels_bags_train(ctypes.byref(self.fields), first, last)
+    def train(self) -> None:
+        """Train all devices, after `plan`."""
+        self._library.kernels_bags_train(ctypes.byref(self.fields))
 
     def _grow(self, size: int) -> None:
         """`size` bytes of room, from a multiple of 64 on."""

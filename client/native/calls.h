@@ -50,7 +50,5 @@ int64_t kernels_bags_scratch(int64_t vocabulary) { return bag_scratch_bytes(voca
 
 int64_t kernels_bags_plan(struct bags *bags) { return bag_plan(bags); }
 
-/* Train devices first:last, whose noise lies at bags->noise. */
-void kernels_bags_train(struct bags *bags, int64_t first, int64_t last) {
-    CALL(bag_train, bags, first, last);
-}
+/* Train all devices, after the plan. */
+void kernels_bags_train(struct bags *bags) { CALL(bag_train, bags); }

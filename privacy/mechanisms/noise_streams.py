@@ -66,19 +66,30 @@ class NoiseStreams:
         Raises ValueError where a stream was asked for more than its counter can count.
         """
         sizes = np.asarray(counts, dtype=np.int64)
-        places = self._places[first : first + len(sizes)]
-        if len(sizes) and int((places * SUPERBLOCK + 2 * sizes).max()) > MOST:
-            raise ValueError(f"a noise stream gives {MOST} words at most: use a key for each round")
+        keys, places = self.handed_over(sizes, first)
         if self._kernels is None:
             return self._by_torch(sizes.tolist(), deviation, first)
         normals = np.empty(int(sizes.sum()), dtype=np.float32)
         failed = self._kernels.kernels_streams(
-            self._keys[first:].ctypes.data, places.ctypes.data, sizes.ctypes.data, len(sizes),
+            keys.ctypes.data, places.ctypes.data, sizes.ctypes.data, len(sizes),
             deviation, normals.ctypes.data,
         )
         if failed:
             raise MemoryError(f"no memory for {len(normals)} numbers of noise")
         return torch.from_numpy(normals)
+
+    def handed_over(
+        self, sizes: NDArray[np.int64], first: int = 0
+    ) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+        """Keys (n, 8) and places (n,), in superblocks, of the streams from `first` on.
+
+        For a kernel that draws `sizes` (n,) of them by itself, and moves the places on. Raises
+        ValueError where that is more than a stream's counter can count.
+        """
+        here = slice(first, first + len(sizes))
+        if len(sizes) and int((self._places[here] * SUPERBLOCK + 2 * sizes).max()) > MOST:
+            raise ValueError(f"a noise stream gives {MOST} words at most: use a key for each round")
+        return self._keys[here], self._places[here]
 
     def _by_torch(self, counts: list[int], deviation: float, first: int) -> Tensor:
         drawn = [self._next(stream, count) for stream, count in enumerate(counts, first)]
