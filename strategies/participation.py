@@ -51,29 +51,41 @@ class Participation:
         self, devices: NDArray[np.int64], levels: NDArray[np.uint8], server_round: int = 0
     ) -> list[int]:
         """Count one more round for `devices` (sorted, unique); levels whose worst count rose."""
-        merged = np.union1d(self.devices, devices)
-        before = np.searchsorted(merged, self.devices)
-        here = np.searchsorted(merged, devices)
-        counts, last = np.zeros((2, len(merged)), dtype=np.int32)
-        counts[before], last[before] = self.counts, self.last
-        counts[here] += 1
-        last[here] = server_round
-        self.devices, self.counts, self.last = merged, counts, last
+        at = np.searchsorted(self.devices, devices)
+        known = np.append(self.devices, -1)[at] == devices
+        self._insert(devices[~known], at[~known])
+        here = np.searchsorted(self.devices, devices)
+        self.counts[here] += 1
+        self.last[here] = server_round
         risen = []
         for level in np.unique(levels).tolist():
-            worst = int(counts[here[levels == level]].max())
+            worst = int(self.counts[here[levels == level]].max())
             if worst > self.worst.get(level, 0):
                 self.worst[level] = worst
                 risen.append(level)
         return risen
 
+    def _insert(self, fresh: NDArray[np.int64], at: NDArray[np.int64]) -> None:
+        """Make room for devices that took part never before, in front of places `at`."""
+        first = np.append(True, fresh[1:] != fresh[:-1])[: len(fresh)]
+        fresh, at = fresh[first], at[first]
+        if not len(fresh):
+            return
+        places = at + np.arange(len(fresh))
+        old = np.ones(len(self.devices) + len(fresh), dtype=bool)
+        old[places] = False
+        devices, (counts, last) = np.empty(len(old), np.int64), np.zeros((2, len(old)), np.int32)
+        devices[places], devices[old] = fresh, self.devices
+        counts[old], last[old] = self.counts, self.last
+        self.devices, self.counts, self.last = devices, counts, last
+
     def state(self) -> dict[str, Tensor]:
         """Tensors that `load` restores."""
         worst = sorted(self.worst.items())
         return {
-            "devices": torch.from_numpy(self.devices),
-            "counts": torch.from_numpy(self.counts),
-            "last": torch.from_numpy(self.last),
+            "devices": torch.from_numpy(self.devices.copy()),
+            "counts": torch.from_numpy(self.counts.copy()),
+            "last": torch.from_numpy(self.last.copy()),
             "worst": torch.tensor(worst, dtype=torch.int64).reshape(len(worst), 2),
         }
 
