@@ -112,15 +112,6 @@ def test_participation_survives_its_state(rounds: list[set[int]]) -> None:
     assert np.array_equal(loaded.counts, ours.counts)
 
 
-def test_a_state_stays_what_it_was_when_the_run_goes_on() -> None:
-    ours = Participation()
-    ours.add(np.array([3, 8]), np.zeros(2, np.uint8), 1)
-    state = ours.state()
-    ours.add(np.array([3]), np.zeros(1, np.uint8), 2)
-    assert state["counts"].tolist() == [1, 1] and state["last"].tolist() == [1, 1]
-    assert ours.counts.tolist() == [2, 1] and ours.last.tolist() == [2, 1]
-
-
 def test_a_saved_state_is_not_moved_by_later_rounds(tmp_path: Path) -> None:
     ours = Participation()
     ours.add(*sorted_ids({1, 2}))
