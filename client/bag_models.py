@@ -83,6 +83,8 @@ def _plain_parameters(model: nn.Module) -> bool:
 
 
 def _traced(model: nn.Module) -> BagModel | None:
+    if "forward" in vars(model):  # which a trace would pass over
+        return None
     try:
         graph = fx.Tracer().trace(model)
     except Exception:  # whatever a forward that looks at its values may raise

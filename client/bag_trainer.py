@@ -5,6 +5,8 @@ projection (`LocalDescent`), lazily drawn rows (`LazyRows`) and noise that is ow
 But a device's weights stay in the processor's cache from its first step to its last, and what it
 hands over goes straight into the sum of the round. Model: Joulin et al. 2016, arXiv:1607.01759.
 
+A row has the words of its own length, whatever it is padded to.
+
 A device's draws come from its stream in this order: in every step but the first one those of the
 rows that it reads, ascending, then in every step but the last one those of all other parameters.
 """
@@ -29,9 +31,11 @@ from sottovoce.client.native.bags import AUTOMATIC, CLIPPED, PLAIN, BagGroup
 from sottovoce.client.round_sum import RoundSum
 from sottovoce.client.tasks import Task
 from sottovoce.privacy.mechanisms.noise_streams import NoiseStreams
+from sottovoce.strategies.levels import MAX_LEVEL
 
 ROWS, WORDS, RATE = 5, 4, 0.1  # of the batch on which kernels and autograd have to agree
 CLOSE, ROUNDING = 1e-4, 1e-2  # relative to moves, and to weights in whose rounding moves may hide
+LARGEST = 1 << 26  # numbers of noise of a device, all of which are in memory while it trains
 
 Tensors = dict[str, Tensor]
 
@@ -88,9 +92,10 @@ class BagTrainer:
         """Whose rows and visits there are, and where to write what is found of each device."""
         batch, visits = chunk.batch, chunk.visits
         self._group.set(
-            devices=len(steps), columns=batch["tokens"].shape[1], tokens=batch["tokens"],
-            lengths=batch["lengths"], labels=batch["intent"], starts=chunk.of[bounds],
-            step=visits.step, row=visits.row, steps=steps, readings=readings,
+            devices=len(steps), columns=batch["tokens"].shape[1], tokens=batch["tokens"].long(),
+            lengths=batch["lengths"].long(), labels=batch["intent"].long(),
+            starts=chunk.of[bounds], step=visits.step, row=visits.row, steps=steps,
+            readings=readings,
             losses=updates.losses, visits=updates.visits, norms=updates.norms,
             finite=updates.finite, clipped=updates.clipped, clipped_examples=0,
         )
@@ -154,8 +159,9 @@ def _variance(training: LocalTraining) -> float:
 def _nothing(devices: int) -> LocalUpdates:
     """What is found of devices, before anything is: without tensors of their own."""
     flags, wide = torch.zeros(2, devices, dtype=torch.bool), torch.float64
+    norms = torch.zeros(devices, dtype=torch.float32)
     return LocalUpdates(
-        {}, None, finite=flags[0], norms=torch.zeros(devices), clipped=flags[1],
+        {}, None, finite=flags[0], norms=norms, clipped=flags[1],
         losses=torch.zeros(devices, dtype=wide), visits=torch.zeros(devices, dtype=torch.int64),
         clipped_examples=0,
     )
@@ -166,9 +172,20 @@ def make_bag_trainer(
 ) -> BagTrainer | None:
     """A trainer for the model where there are kernels, it is a bag, and both agree; else None."""
     found = None if kernels() is None else bag_model(model, task, training)
-    if found is None or not agrees(BagTrainer(found), model, task):
+    if found is None or _draws(found, model, task, training) > LARGEST:
         return None
-    return BagTrainer(found)
+    return BagTrainer(found) if agrees(BagTrainer(found), model, task) else None
+
+
+def _draws(found: BagModel, model: nn.Module, task: Task, training: LocalTraining) -> int:
+    """Most numbers of noise that a device may draw in a round, about."""
+    if training.step_deviation == 0:
+        return 0
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    width = dict(model.named_parameters())[found.table].shape[1]
+    dense = sum(sizes.values()) - sizes[found.table]
+    read = min(training.plan.batch_size * task.max_length * width, sizes[found.table])
+    return training.plan.steps(MAX_LEVEL, 1 << MAX_LEVEL) * (dense + read)
 
 
 def agrees(trainer: BagTrainer, model: nn.Module, task: Task) -> bool:
@@ -176,14 +193,15 @@ def agrees(trainer: BagTrainer, model: nn.Module, task: Task) -> bool:
     training = LocalTraining(RATE, BatchPlan(ROWS, 1, ROWS, poisson=False), None, None)
     chunk = _random_chunk(len(dict(model.named_parameters())[trainer.found.table]), task)
     parameters = {name: p.detach() for name, p in model.named_parameters()}
-    total = RoundSum(model, training, 1)
-    updates = trainer.train(parameters, chunk, 0, 1, None, total)
-    own = copy.deepcopy(model).train()
+    own = copy.deepcopy(model).train()  # first, for a model that cannot be run says so here
     losses = task.losses(own, chunk.batch)
     gradients = torch.autograd.grad(losses.mean(), list(own.parameters()))
+    total = RoundSum(model, training, 1)
+    updates = trainer.train(parameters, chunk, 0, 1, None, total)
     if abs(float(losses.detach().double().sum()) - updates.loss) > CLOSE * ROWS:
         return False
     for (name, start), gradient in zip(parameters.items(), gradients, strict=True):
+        gradient = gradient.to_dense()  # that of a table may be sparse
         reach = CLOSE * (RATE * gradient.abs().max() + ROUNDING * start.abs().max())
         if not bool((total.sums[name] + RATE * gradient).abs().max() <= reach):
             return False

@@ -11,6 +11,7 @@ import json
 import mmap
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -85,8 +86,9 @@ class Mapped:
             return
         size, page = self.array.itemsize, mmap.PAGESIZE
         pages = np.stack([starts * size // page, -(-stops * size // page)])[:, starts < stops]
-        for first, end in _merged(pages):
-            self._map.madvise(mmap.MADV_WILLNEED, first * page, (end - first) * page)
+        with suppress(OSError):  # it is a hint, whose failure costs time alone
+            for first, end in _merged(pages):
+                self._map.madvise(mmap.MADV_WILLNEED, first * page, (end - first) * page)
 
     def release(self) -> None:
         """Give the pages that were read back to the system's cache, out of this process' memory."""

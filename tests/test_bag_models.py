@@ -118,6 +118,7 @@ MODELS: dict[str, Callable[[Any], object]] = {
     "double": lambda m: m.double(),
     "hooked": lambda m: m.linear[0].register_forward_hook(lambda *call: 2 * call[2]),
     "patched": lambda m: setattr(m.linear[0], "forward", lambda x: x),
+    "patched as a whole": lambda m: setattr(m, "forward", lambda batch: None),
     "subclassed": lambda m: m.linear.__setitem__(0, Louder(6, 6)),
     "one more parameter": lambda m: setattr(m, "scale", nn.Parameter(torch.ones(1))),
     "by frequency": lambda m: setattr(m.emb, "scale_grad_by_freq", True),

@@ -13,6 +13,7 @@ import torch
 from bag_fleets import (
     AUTOMATIC,
     CLIPPED,
+    INTENTS,
     LONGEST,
     NOISED,
     Bag,
@@ -25,10 +26,12 @@ from bag_fleets import (
     task_of,
     training_of,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 from sottovoce.client import bag_trainer
 from sottovoce.client.bag_trainer import make_bag_trainer
+from sottovoce.client.batch_draws import Visits
+from sottovoce.client.cohort import Chunk, Draw
 from sottovoce.client.fleet import ExampleClipping
 from sottovoce.client.round_sum import RoundSum
 from sottovoce.privacy.mechanisms.noise_streams import KEY_BYTES, NoiseStreams
@@ -179,6 +182,110 @@ def test_the_sums_noise_has_the_declared_variance_in_every_row() -> None:
         values = torch.cat(parts)
         assert len(values) > 500, name
         assert float(values.mean()) == pytest.approx(1, abs=6 * (2 / len(values)) ** 0.5), name
+
+
+def compared_counts(
+    model: Bag, population: Sayings, training: Any, parameters: dict[str, Tensor]
+) -> tuple[RoundSum, Any]:
+    """Both ways, which must agree on who is in the sum and on what noise; not on the sum."""
+    chunk = chunk_of(population, training, DEVICES)
+    (slow, updates), (fast, found) = both(model, population, training, chunk, parameters)
+    assert torch.equal(found.finite, updates.finite)
+    assert fast.levels == slow.levels and fast.dropped == slow.dropped
+    torch.testing.assert_close(fast.touched, slow.touched)
+    torch.testing.assert_close(fast.lent, slow.lent)
+    assert all(bool(total.isfinite().all()) for total in fast.sums.values())
+    return slow, updates
+
+
+def test_the_noise_of_a_device_that_is_left_out_does_not_count_as_drawn() -> None:
+    population, model = Sayings(), Bag((), mode="sum")
+    training = training_of(ExampleClipping(clip_norm=1e19, noise_multiplier=1e-20), rate=10.0)
+    parameters = parameters_of(model)
+    parameters["emb.weight"][9] = 5e18  # an update that float32 cannot hold
+    slow, updates = compared_counts(model, population, training, parameters)
+    assert 0 < slow.dropped < len(DEVICES) and bool(updates.finite.any())
+
+
+def one_step(tokens: list[list[int]], lengths: list[int]) -> Chunk:
+    """A device whose only step has these rows."""
+    numbers = np.arange(len(lengths))
+    batch = {"tokens": torch.tensor(tokens), "lengths": torch.tensor(lengths),
+             "intent": torch.zeros(len(lengths), dtype=torch.int64)}
+    ends = np.array([0, len(lengths)])
+    return Chunk([Draw(0, 0, [numbers])], [numbers], batch, ends,
+                 Visits(0 * numbers, 0 * numbers, numbers), ends)
+
+
+def norm_of(sums: dict[str, Tensor]) -> float:
+    return float(torch.cat([total.flatten() for total in sums.values()]).norm())
+
+
+@pytest.mark.parametrize("mode", ["mean", "sum"])
+@pytest.mark.parametrize("padding", [None, 0])
+def test_an_example_more_moves_a_step_by_its_own_gradient_however_long_it_is(
+    mode: str, padding: int | None
+) -> None:
+    """Without a word for padding too: what is behind a row's length is not the row's."""
+    population, model, training = Sayings(), Bag(mode=mode, padding=padding), training_of(CLIPPED)
+    parameters = {name: 30 * p for name, p in parameters_of(model).items()}
+    short, long = [3, 4, 0, 0, 0, 0, 0], [5, 6, 7, 8, 9, 10, 11]
+    before, after = (
+        natively(model, population, training, chunk, parameters)[0].sums
+        for chunk in (one_step([short] * 3, [2] * 3), one_step([short] * 3 + [long], [2] * 3 + [7]))
+    )
+    bound = training.learning_rate * CLIPPED.clip_norm / training.plan.batch_size
+    moved = norm_of({name: after[name] - total for name, total in before.items()})
+    assert 0.99 * bound < moved <= (1 + 1e-6) * bound
+
+
+@pytest.mark.parametrize("size", [1e15, 1e18, 1e20, 1e30, 1e37, 1e38])
+def test_no_example_is_too_large_for_its_bound(size: float) -> None:
+    """Factors that scale gradients down are never so small that rounding shows."""
+    example = ExampleClipping(clip_norm=1e-3, noise_multiplier=0.0)
+    training, population = training_of(example, rate=1e-2), Sayings()
+    bound = training.learning_rate * example.clip_norm / training.plan.batch_size
+    for seed in range(4):
+        model = Bag((), mode="sum", seed=seed)
+        parameters = parameters_of(model)
+        parameters["emb.weight"] *= size / parameters["emb.weight"].abs().max()
+        parameters["linear.0.weight"] *= 1e-3 / size
+        total, _ = natively(model, population, training, one_step([[3]], [1]), parameters)
+        assert norm_of(total.sums) <= bound
+        assert (norm_of(total.sums) > 0.99 * bound) == (size < 1e19)
+
+
+def test_rows_of_any_kind_of_integer_are_read() -> None:
+    population, training, model = Sayings(), training_of(None), Bag()
+    chunk = chunk_of(population, training, DEVICES)
+    expected, _ = natively(model, population, training, chunk)
+    for entry in ("tokens", "lengths", "intent"):
+        chunk.batch[entry] = chunk.batch[entry].int()
+    found, _ = natively(model, population, training, chunk)
+    for name, total in expected.sums.items():
+        assert torch.equal(found.sums[name], total), name
+
+
+def test_a_table_with_sparse_gradients_is_trained_too() -> None:
+    model = Bag()
+    model.emb.sparse = True
+    assert make_bag_trainer(model, task_of(Sayings()), training_of(NOISED)) is not None
+
+
+def test_a_model_whose_layers_do_not_fit_says_so() -> None:
+    model = Bag()
+    model.linear[1] = nn.Linear(4, INTENTS)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        make_bag_trainer(model, task_of(Sayings()), training_of(None))
+
+
+def test_devices_that_would_draw_too_much_noise_at_once_are_trained_in_another_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bag_trainer, "LARGEST", 1000)
+    for example in (None, CLIPPED):
+        assert make_bag_trainer(Bag(), task_of(Sayings()), training_of(example)) is not None
+    assert make_bag_trainer(Bag(), task_of(Sayings()), training_of(NOISED)) is None
 
 
 def test_words_and_intents_that_do_not_exist_are_refused() -> None:

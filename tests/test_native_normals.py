@@ -85,10 +85,22 @@ def test_words_are_those_of_the_ciphers_published_test_vector(
 
 def test_a_stream_ends_before_its_counter_does(monkeypatch: pytest.MonkeyPatch) -> None:
     streams = NoiseStreams(KEYS)
-    streams._places[1] = (1 << 28) - 1
+    streams._places[1] = (1 << 28) - 3  # with room for the tails of all five
     streams.flat([5, 5])
     with pytest.raises(ValueError, match="use a key for each round"):
-        streams.flat([5, 500])
+        streams.flat([5, 5])
+
+
+@pytest.mark.parametrize(
+    "counts, first", [([1, 1, 1, 1], 0), ([1, 1], 2), ([1], -1), ([-1], 0), ([1 << 31], 0)]
+)
+def test_streams_that_are_not_there_and_impossible_draws_are_refused(
+    kernel_level: native.Library, counts: list[int], first: int
+) -> None:
+    streams = NoiseStreams(KEYS)
+    with pytest.raises(ValueError, match="are not all among|a draw gives"):
+        streams.flat(counts, first=first)
+    assert not streams._places.any()
 
 
 def test_the_environment_names_the_level(monkeypatch: pytest.MonkeyPatch) -> None:

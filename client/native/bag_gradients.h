@@ -1,9 +1,11 @@
 /* The gradients of a step's rows: forward, backward, and clipped (see bags.h). */
 
-/* The different words of batch row r, with their shares, and their sum to `x`. */
+/* The different words of batch row r, with their shares, and their sum to `x`. What lies behind its
+ * own length is nothing of its own: how much of that there is hangs on the rows beside it. */
 static void NAME(bag_input)(const struct bags *b, struct bag_room *room, int64_t r, int64_t row,
-                            int64_t columns, int32_t stamp, float *x) {
+                            int32_t stamp, float *x) {
     const int64_t *tokens = b->tokens + row * b->columns, width = room->width;
+    int64_t columns = b->lengths[row] < b->columns ? b->lengths[row] : b->columns;
     int32_t *words = room->words + r * b->columns, found = 0;
     float *share = room->share + r * b->columns, real = 0.0f;
     for (int64_t t = 0; t < columns; t++) {
@@ -81,10 +83,11 @@ static void NAME(bag_backward)(const struct bags *b, struct bag_room *room, int6
 }
 
 /* Scale each row's gradients for `pull` times a clipped sum over the expected batch; rows whose norm
- * is not finite vanish. The norms' squares are added up in double precision. */
+ * is not finite vanish, and those whose scale float32 could not hold: a square beyond it counts as
+ * infinite, as it does for torch. The norms' squares are added up in double precision. */
 static void NAME(bag_clip)(struct bags *b, struct bag_room *room, int64_t rows, double pull) {
     for (int64_t r = 0; r < rows; r++) {
-        double words = 0, terms = 0, square;
+        double words = 0, terms = 0, square, most = 0;
         for (int32_t j = 0; j < room->different[r]; j++) {
             double share = room->share[r * b->columns + j];
             words += share * share, terms += share;
@@ -94,9 +97,11 @@ static void NAME(bag_clip)(struct bags *b, struct bag_room *room, int64_t rows, 
         for (int64_t l = 0; l < b->layers; l++) {
             struct bag_layer *own = room->layers + l;
             double inputs = NAME(bag_squares)(own->x + r * own->width, own->width);
-            square += (inputs + (b->biases[l] ? 1 : 0)) *
-                      NAME(bag_squares)(own->g + r * own->out_width, own->out_width);
+            double outputs = NAME(bag_squares)(own->g + r * own->out_width, own->out_width);
+            square += (inputs + (b->biases[l] ? 1 : 0)) * outputs;
+            most = fmax(most, fmax(inputs, outputs));
         }
+        if (most > BAG_LARGEST || square > BAG_LARGEST) square = INFINITY;
         double norm = sqrt(square), factor = 1;
         b->clipped_examples += (float)norm > (float)b->clip;
         if (b->clips == 2) factor = b->clip * BAG_SAFETY / (norm + BAG_STABILITY);

@@ -132,20 +132,15 @@ static void NAME(bag_steps)(struct bags *b, struct bag_room *room, int64_t k, in
     int32_t stamp = 0;
     for (int64_t s = 0, v = b->starts[k], end; s < b->steps[k]; s++, v = end) {
         end = bag_step_end(b, k, s, v);
-        int64_t rows = end - v, all = BAG_UP(rows, 4), columns = 1;
-        for (int64_t r = 0; r < rows; r++) {
-            room->owners[r] = b->row[v + r];
-            int64_t length = b->lengths[b->row[v + r]];
-            columns = length > columns ? length : columns;
-        }
+        int64_t rows = end - v, all = BAG_UP(rows, 4);
+        for (int64_t r = 0; r < rows; r++) room->owners[r] = b->row[v + r];
         if (b->clips) {
             bag_read(b, room, touched, v, end);
             noise = NAME(bag_rows)(b, room, touched, s, noise);
         }
-        if (columns > b->columns) columns = b->columns;
         float *x = room->layers->x;
         for (int64_t r = 0; r < rows; r++)
-            NAME(bag_input)(b, room, r, room->owners[r], columns, ++stamp, x + r * room->width);
+            NAME(bag_input)(b, room, r, room->owners[r], ++stamp, x + r * room->width);
         memset(x + rows * room->width, 0, 4 * (size_t)((all - rows) * room->width));
         NAME(bag_forward)(b, room, all);
         float weight = b->clips ? 1.0f : -(float)b->rate / (float)(rows > 0 ? rows : 1);
@@ -214,7 +209,7 @@ static void NAME(bag_finish)(struct bags *b, struct bag_room *room, int64_t k, i
     }
     double norm = sqrt(square);
     b->norms[k] = (float)norm;
-    b->finite[k] = isfinite((float)norm) ? 1 : 0;
+    b->finite[k] = square <= BAG_LARGEST; /* as torch has it */
     if (!b->finite[k]) return;
     if (!b->clips && b->bound > 0) {
         if (norm > b->bound * BAG_SAFETY) scale = b->bound * BAG_SAFETY / norm;

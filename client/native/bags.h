@@ -11,6 +11,7 @@
 #define BAG_STABILITY 0.01
 #define BAG_MARGIN 1e-4 /* sottovoce.client.descents */
 #define BAG_EPS 1.1920929e-07
+#define BAG_LARGEST 3.4028235e38 /* float32 */
 #define BAG_UP(count, unit) (((count) + (unit) - 1) / (unit) * (unit))
 
 /* What Python says; laid out there again (client/native/bags.py), every field has 8 bytes. */

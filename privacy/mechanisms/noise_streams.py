@@ -31,6 +31,7 @@ from sottovoce.client.native import kernels
 KEY_BYTES = 32
 SUPERBLOCK = 256  # words: 16 blocks, word i of all of them before word i + 1 of any
 MOST = SUPERBLOCK << 28  # words of a stream: the counter of its blocks has 32 bits
+AT_ONCE = (1 << 31) - 1  # numbers of one draw: the kernel counts their places in 32 bits
 START = bytes(16)  # counter and nonce: every key is used for one stream only
 TAIL_WORDS = 1 << 19  # at either end of the words: every 4096th of all
 ENDS = (1 << 31) - TAIL_WORDS
@@ -63,7 +64,8 @@ class NoiseStreams:
     def flat(self, counts: Sequence[int], deviation: float = 1.0, first: int = 0) -> Tensor:
         """(sum(counts),): the draws of one stream after another, `counts[k]` of `first` + k.
 
-        Raises ValueError where a stream was asked for more than its counter can count.
+        Raises ValueError for streams that are not there, and for draws of more numbers than
+        `AT_ONCE`, or than a stream's counter can count.
         """
         sizes = np.asarray(counts, dtype=np.int64)
         keys, places = self.handed_over(sizes, first)
@@ -84,10 +86,17 @@ class NoiseStreams:
         """Keys (n, 8) and places (n,), in superblocks, of the streams from `first` on.
 
         For a kernel that draws `sizes` (n,) of them by itself, and moves the places on. Raises
-        ValueError where that is more than a stream's counter can count.
+        ValueError as `flat` does.
         """
         here = slice(first, first + len(sizes))
-        if len(sizes) and int((self._places[here] * SUPERBLOCK + 2 * sizes).max()) > MOST:
+        if not 0 <= first <= here.stop <= len(self._places):
+            raise ValueError(f"streams {first} to {here.stop} are not all among {len(self)}")
+        least, most = int(sizes.min(initial=0)), int(sizes.max(initial=0))
+        if least < 0 or most > AT_ONCE:
+            raise ValueError(f"a draw gives from 0 to {AT_ONCE} numbers, not {least or most}")
+        # Whole superblocks, for words and then for tails, if all of the words were such.
+        used = self._places[here] * SUPERBLOCK + 3 * sizes + 2 * SUPERBLOCK
+        if int(used.max(initial=0)) > MOST:
             raise ValueError(f"a noise stream gives {MOST} words at most: use a key for each round")
         return self._keys[here], self._places[here]
 
