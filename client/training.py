@@ -259,7 +259,7 @@ class GroupTrainer:
         if data.seeds is not None:
             self.grouped.tape.row_seeds = torch.from_numpy(data.seeds[rows, now.number])
         if self.engine == "grouped":
-            self.grouped.tape.fillers = torch.from_numpy(now.fillers())
+            self.grouped.tape.fill(torch.from_numpy(now.fillers()), rows.size)
         batch = shortened(data.batch, rows)
         if lazy is not None and self.table_input is not None:
             width = batch[self.table_input].shape[1:2]

@@ -15,8 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset, WeightedRandomSampler
 
+from sottovoce.client import native
 from sottovoce.client.errors import UnsupportedLayer
 from sottovoce.privacy import EDPSGD, clipped_gradients
+from sottovoce.privacy.gradients import gemm
 from sottovoce.privacy.gradients.factors import Bag, Dense, Factor, OneHot, Summed, clipped_sum
 from sottovoce.privacy.gradients.norms import Memo, squared_norms
 
@@ -77,6 +79,20 @@ def test_an_example_whose_positions_cancel_is_released_within_the_bound(factors:
         scale = (1.0 / norm).clamp(max=1.0)
         released = clipped_sum(uses, scale, torch.Size((384, uses_width(uses))), 1)
         assert float(released.double().pow(2).sum().sqrt()) <= 1.0 + 2e-6
+
+
+@pytest.mark.parametrize("factors", [dense, long])
+def test_so_it_is_from_a_stack_of_groups_by_the_kernels(
+    kernel_level: native.Library, factors: Factors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gemm, "compiled", lambda *_: kernel_level)
+    for seed in range(10):
+        (use,) = factors(seed)
+        assert isinstance(use, Dense)
+        both = [Dense(torch.cat([use.x, use.x]), torch.cat([use.g, use.g.roll(1, 1)]))]
+        scale = (1.0 / squared_norms(both, Memo()).sqrt()).clamp(max=1.0)
+        released = clipped_sum(both, scale, torch.Size((384, uses_width(both))), 2)
+        assert float(released.double().pow(2).sum((1, 2)).max().sqrt()) <= 1.0 + 2e-6
 
 
 def uses_width(uses: list[Factor]) -> int:

@@ -130,3 +130,32 @@ def test_they_are_for_large_stacks_of_float32_on_one_thread(kernel_level: native
     assert gemm.compiled(x.double(), 128) is None and gemm.compiled(x, 128, x.half()) is None
     torch.set_num_threads(2)
     assert gemm.compiled(x, 128) is None, "torch's own libraries use all threads"
+
+
+def test_sides_that_do_not_fit_are_refused_as_torch_refuses_them(
+    kernel_level: native.Library,
+) -> None:
+    x, weight, bias, g = sides((3, 64, 96, 64))
+    for other in (weight[:2], weight[:, :, :95].contiguous()):
+        with pytest.raises((RuntimeError, ValueError)):
+            gemm.stacked_linear(x, other)
+    with pytest.raises((RuntimeError, ValueError)):
+        gemm.stacked_linear(x, weight, bias[:, :63])
+    for other in (weight[:2], weight[:, :63].contiguous()):
+        with pytest.raises((RuntimeError, ValueError)):
+            gemm.stacked_matmul(g, other)
+    for short in (x[:2], x[:, :63]):
+        with pytest.raises((RuntimeError, ValueError)):
+            gemm.stacked_outer_sum(g, short)
+    with pytest.raises(RuntimeError):
+        gemm.stacked_outer_sum(g, x, torch.ones(3, 63))
+    with pytest.raises((RuntimeError, ValueError)):
+        gemm.add_outer_sum(weight[:, :, :95].contiguous(), g, x, 1.0)
+
+
+def test_weights_of_any_layout_are_added_to_in_place(kernel_level: native.Library) -> None:
+    x, weight, _, g = sides((3, 64, 96, 64))
+    turned = weight.mT.contiguous().mT
+    gemm.add_outer_sum(weight, g, x, -0.5)
+    gemm.add_outer_sum(turned, g, x, -0.5)
+    torch.testing.assert_close(turned, weight, rtol=1e-5, atol=1e-4)

@@ -6,10 +6,13 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from small_fleets import CLIPPED, DEVICES, NOISED, fleet, parts
 from torch import Tensor, nn
 
 from sottovoce.client import native
-from sottovoce.privacy.gradients import engine
+from sottovoce.client.errors import UnsupportedLayer
+from sottovoce.client.example_clipping import ExampleClipping
+from sottovoce.privacy.gradients import engine, gemm
 from sottovoce.privacy.gradients.clipping import Clipping
 from sottovoce.privacy.gradients.grouping import Grouped, group, track
 from sottovoce.privacy.layers import native_lstm
@@ -132,6 +135,12 @@ def test_gates_saturate_and_pass_on_what_is_no_number(kernel_level: native.Libra
     assert bool(gates[6].isfinite().all())
 
 
+def test_saturated_candidates_are_one_and_have_no_gradient(kernel_level: native.Library) -> None:
+    x = torch.tensor([8.0, 9.0, 20.0, 1e4, 3e38, torch.inf])
+    tanh = gates_of(torch.cat([x, -x])).gates[:, 0, 2]
+    assert torch.equal(tanh, torch.ones(6).repeat(2) * torch.cat([x, -x]).sign())
+
+
 def test_a_row_that_is_not_finite_leaves_the_others_alone(
     kernel_level: native.Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -161,14 +170,14 @@ def test_rows_that_fill_up_a_group_cost_nothing_and_change_nothing(
     monkeypatch.setattr(native_lstm, "suited", lambda *_: False)
     slow = clipped(grouped, x, weights, 3)
     monkeypatch.setattr(native_lstm, "suited", lambda *_: True)
-    grouped.tape.fillers = fillers
+    grouped.tape.fill(fillers, 12)
     fast = clipped(grouped, x, weights, 3)
     assert grouped.tape.fillers is None, "they are those of one pass"
     torch.testing.assert_close(fast.norms, slow.norms, rtol=1e-5, atol=0)
     close(fast.sums, slow.sums, 1e-5)
     for name in fast.sums:
         assert bool((fast.sums[name][2] == 0).all())
-    grouped.tape.fillers = fillers
+    grouped.tape.fill(fillers, 12)
     out = grouped.module(x)[0]
     assert bool((out[weights == 0] == 0).all()) and bool((out[weights == 1] != 0).any())
     grouped.tape.take(12, check=False)
@@ -193,3 +202,101 @@ def test_other_types_and_the_plain_level_are_left_to_torch(kernel_level: native.
     x = torch.ones(2, 2)
     assert native_lstm.suited(x) == (native.level() != "generic")
     assert not native_lstm.suited(x, x.double()) and not native_lstm.suited(x.half())
+
+
+def test_fillers_are_those_of_passes_over_as_many_rows(
+    kernel_level: native.Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native_lstm, "suited", lambda *_: True)
+    grouped = track(Case(0, 0, 0, 6, 20).layer())
+    x = torch.randn(12, 5, 6, generator=torch.Generator().manual_seed(3))
+    known = grouped.module(x)[0]
+    grouped.tape.fill(torch.tensor([2, 0, 4]), 12)
+    for rows in (6, 9, 3):  # what a task may call the model with beside
+        assert torch.equal(grouped.module(x[:rows])[0], known[:rows])
+    assert not torch.equal(grouped.module(x)[0], known)
+
+
+@pytest.mark.parametrize("fillers", [[5, 0, 0], [-1, 0, 0], [0, 0]])
+def test_fillers_that_do_not_fit_the_rows_are_refused(fillers: list[int]) -> None:
+    tape = track(Case(0, 0, 0, 6, 20).layer()).tape
+    with pytest.raises(ValueError, match="do not fit 12 rows" if len(fillers) == 3 else "13 rows"):
+        tape.fill(torch.tensor(fillers), 12 if len(fillers) == 3 else 13)
+
+
+class Mixer(nn.Module):
+    """Every row gets the mean of all."""
+
+    def __init__(self, layer: nn.LSTM) -> None:
+        super().__init__()
+        self.lstm = layer
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        out = self.lstm(x)[0]
+        return out + out.mean(0), None
+
+
+def test_a_probe_finds_rows_that_mix_where_all_others_only_fill_up(
+    kernel_level: native.Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native_lstm, "suited", lambda *_: True)
+    grouped = track(Mixer(Case(0, 0, 0, 6, 10, 2).layer()))
+    x = torch.randn(4, 5, 6, generator=torch.Generator().manual_seed(4))
+    grouped.tape.fill(torch.tensor([3]), 4)
+    with pytest.raises(UnsupportedLayer, match="loss of another"):
+        clipped(grouped, x, torch.tensor([0.0, 0, 0, 1]), 1)
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+def test_inputs_and_states_of_other_shapes_are_refused(
+    kernel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kernel and native.kernels() is None:
+        pytest.skip("the kernels were not built: no C compiler at installation")
+    monkeypatch.setattr(native_lstm, "suited", lambda *_: kernel)
+    layer, x = track(Case(0, 0, 0, 6, 10, 2).layer()).module, torch.zeros(4, 5, 6)
+    for width in (5, 7):
+        with pytest.raises(ValueError, match="takes 6 features"):
+            layer(torch.zeros(4, 5, width))
+    for shape in ((1, 4, 10), (2, 3, 10), (2, 1, 10), (2, 4, 9), (4, 10)):
+        right, wrong = torch.zeros(2, 4, 10), torch.zeros(shape)
+        for state in ((wrong, right), (right, wrong)):
+            with pytest.raises(ValueError, match=r"states.*\(2, 4, 10\)"):
+                layer(x, state)
+
+
+def test_rows_that_do_not_divide_into_groups_are_refused(
+    kernel_level: native.Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native_lstm, "suited", lambda *_: True)
+    grouped = group(Case(0, 0, 0, 6, 10).layer(), 3)
+    with pytest.raises(ValueError, match="4 rows do not divide into 3"):
+        grouped.module(torch.zeros(4, 5, 6))
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+def test_a_second_backward_pass_over_used_up_gates_is_refused(
+    kernel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kernel and native.kernels() is None:
+        pytest.skip("the kernels were not built: no C compiler at installation")
+    monkeypatch.setattr(native_lstm, "suited", lambda *_: kernel)
+    grouped = track(Case(0, 0, 0, 6, 10, 2).layer())
+    x = torch.randn(4, 5, 6, generator=torch.Generator().manual_seed(4)).requires_grad_()
+    total = grouped.module(x)[0].sum()
+    torch.autograd.grad(total, x, retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(total, x)
+
+
+@pytest.mark.parametrize("example", [None, CLIPPED, NOISED])
+def test_a_cohort_trains_to_the_same_sum_without_kernels(
+    kernel_level: native.Library, example: ExampleClipping | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = {name: p.detach().clone() for name, p in parts("bilstm")[2].named_parameters()}
+    monkeypatch.setattr(native_lstm, "suited", lambda *_: True)
+    monkeypatch.setattr(gemm, "SMALL", 0)
+    fast = fleet("bilstm", example, 0.3).train(start, DEVICES, 3).sums
+    monkeypatch.setattr(native_lstm, "suited", lambda *_: False)
+    monkeypatch.setattr(gemm, "kernels", lambda: None)
+    close(fast, fleet("bilstm", example, 0.3).train(start, DEVICES, 3).sums, 1e-4)

@@ -13,7 +13,8 @@ static const float EXPONENTIAL[6] = { /* (e^x - 1 - x) / x^2, |x| <= ln(2) / 2: 
     1.9875691500E-4f, 1.3981999507E-3f, 8.3334519073E-3f,
     4.1665795894E-2f, 1.6666665459E-1f, 5.0000001201E-1f};
 /* tanh(x) = x p(x^2) / q(x^2), |x| <= FLAT: Eigen's, within three units in the last place. */
-#define FLAT 7.90531110763549805f
+#define FLAT 7.90531110763549805f       /* where it becomes 1, whose gradient is 0 */
+#define FLAT_FUSED 7.99881172180175781f /* the same with multiplications and additions fused */
 static const float ABOVE[7] = {
     -2.76076847742355e-16f, 2.00018790482477e-13f, -8.60467152213735e-11f, 5.12229709037114e-08f,
     1.48572235717979e-05f, 6.37261928875436e-04f, 4.89352455891786e-03f};
@@ -68,8 +69,9 @@ static inline floats NAME(exponential)(floats x) {
 static inline floats NAME(sigmoid)(floats x) { return 1.0f / (1.0f + NAME(exponential)(-x)); }
 
 static inline floats NAME(tanh)(floats x) {
-    x = NAME(either)(x > FLAT, (floats){0} + FLAT, x);
-    x = NAME(either)(x < -FLAT, (floats){0} - FLAT, x);
+    const float flat = WIDTH == 4 ? FLAT : FLAT_FUSED;
+    x = NAME(either)(x > flat, (floats){0} + flat, x);
+    x = NAME(either)(x < -flat, (floats){0} - flat, x);
     floats square = x * x, above = square * ABOVE[0] + ABOVE[1];
     floats below = square * BELOW[0] + BELOW[1];
     for (int i = 2; i < 7; i++) above = above * square + ABOVE[i];

@@ -97,7 +97,8 @@ def onednn_is_faster() -> bool:
 def stacked_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b in every group: x (K, n, in), W (K, out, in), b (K, out)."""
     found = compiled(x, weight.shape[1], weight, *([] if bias is None else [bias]))
-    if found is not None and weight.is_contiguous():
+    fits = weight.is_contiguous() and (len(weight), weight.shape[2]) == (len(x), x.shape[2])
+    if found is not None and fits and (bias is None or bias.shape == weight.shape[:2]):
         return _compiled_linear(found, x, weight, bias)
     if len(x) == 1 or one_by_one(x, weight):
         biases = [None] * len(x) if bias is None else list(bias)
@@ -109,7 +110,8 @@ def stacked_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
 def stacked_matmul(g: Tensor, weight: Tensor) -> Tensor:
     """g W in every group: g (K, n, out), W (K, out, in)."""
     found = compiled(g, weight.shape[2], weight)
-    if found is not None and weight.is_contiguous():
+    fits = weight.is_contiguous() and weight.shape[:2] == (len(g), g.shape[2])
+    if found is not None and fits:
         return _compiled_matmul(found, g, weight)
     if len(g) == 1 or one_by_one(g, weight):
         return torch.stack([matmul(*each) for each in zip(g, weight, strict=True)])
@@ -122,7 +124,7 @@ def stacked_outer_sum(g: Tensor, x: Tensor, scale: Tensor | None = None) -> Tens
     `scale`: (K, rows) factors s, each for n / rows positions; None for ones.
     """
     found = compiled(g, x.shape[2], x, *([] if scale is None else [scale]))
-    if found is not None:
+    if found is not None and _fit(g, x, scale):
         return _compiled_sum(found, g, x, scale)
     if scale is not None:
         each = scale.repeat_interleave(g.shape[1] // scale.shape[1], 1).unsqueeze(2)
@@ -135,12 +137,23 @@ def stacked_outer_sum(g: Tensor, x: Tensor, scale: Tensor | None = None) -> Tens
 def add_outer_sum(weights: Tensor, g: Tensor, x: Tensor, factor: float) -> None:
     """Add `factor` sum_n g_n x_n^T to `weights` (K, out, in), contiguous, in every group."""
     found = compiled(g, x.shape[2], x, weights)
-    if found is not None:
+    fits = weights.is_contiguous() and weights.shape == (len(g), g.shape[2], x.shape[2])
+    if found is not None and fits and _fit(g, x, None):
         _add_sum(found, weights, g, x, None, factor)
     elif is_small(len(g), g, x):
         weights.baddbmm_(g.transpose(1, 2), x, alpha=factor)
     else:
         weights.add_(stacked_outer_sum(g, x), alpha=factor)
+
+
+def _fit(g: Tensor, x: Tensor, scale: Tensor | None) -> bool:
+    """Whether both sides have the same positions, and `scale` as many for each of its factors.
+
+    The kernels look at no shape: what does not fit goes to torch, which refuses it.
+    """
+    groups, positions = g.shape[:2]
+    each = scale is None or len(scale) == groups and positions % scale.shape[1] == 0
+    return x.shape[:2] == (groups, positions) and each
 
 
 def _compiled_linear(found: Library, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -16,7 +16,7 @@ class Tape:
     `rows` is the number of rows of the pass in progress: set by the first leaf that sees them, so
     that an embedding fed with one broadcast row (position ids of shape (1, T)) can be told apart.
     `fillers`: (groups,) int64 rows that each group begins with and whose losses weigh nothing, or
-    None: set before a forward pass, for layers that save themselves the arithmetic.
+    None: those of one pass (`fill`), for layers that save themselves the arithmetic.
     """
 
     def __init__(self) -> None:
@@ -24,6 +24,7 @@ class Tape:
         self.inside = 0  # calls of the whole model that are under way
         self.listener: Callable[[str, Factor], None] | None = None
         self.fillers: Tensor | None = None
+        self._filled = 0  # rows of the pass that they are for
         self._row_seeds: Tensor | None = None
         self._calls = 0
         self._factors: dict[str, list[Factor]] = {}
@@ -54,10 +55,19 @@ class Tape:
         """
         return self.rows if self.inside else None
 
+    def fill(self, fillers: Tensor, rows: int) -> None:
+        """Set `fillers` before a forward pass over `rows` rows of len(fillers) groups."""
+        each, rest = divmod(rows, len(fillers))
+        if rest or int(fillers.min()) < 0 or int(fillers.max()) > each:
+            raise ValueError(
+                f"fillers {fillers.tolist()} do not fit {rows} rows: a group begins with some of "
+                "its own"
+            )
+        self.fillers, self._filled = fillers.contiguous(), rows
+
     def fillers_of(self, rows: int) -> Tensor | None:
-        """The fillers where a layer sees the rows of the pass."""
-        fits = self.fillers is not None and rows == self.rows_now and rows % len(self.fillers) == 0
-        return self.fillers if fits else None
+        """The fillers where a layer sees the rows of the pass that they are for."""
+        return self.fillers if rows == self._filled and rows == self.rows_now else None
 
     def see(self, rows: int) -> None:
         """Note the number of rows of a forward pass (the largest first dimension seen)."""

@@ -205,7 +205,8 @@ class TrackedLSTM(Leaf):
         super().__init__(layer, tape, names)
         if layer.proj_size:
             raise UnsupportedLayer("LSTM(proj_size=…) has no grouped form: drop the projection")
-        self.hidden_size, self.num_layers = layer.hidden_size, layer.num_layers
+        self.input_size, self.hidden_size = layer.input_size, layer.hidden_size
+        self.num_layers = layer.num_layers
         self.bidirectional, self.batch_first = layer.bidirectional, layer.batch_first
         self.bias, self.dropout = layer.bias, layer.dropout
 
@@ -222,6 +223,13 @@ class TrackedLSTM(Leaf):
         count = 2 if self.bidirectional else 1
         zeros = x.new_zeros(self.num_layers * count, x.shape[0], self.hidden_size)
         first = state or (zeros, zeros)
+        if x.shape[2] != self.input_size:
+            raise ValueError(f"a tracked LSTM takes {self.input_size} features, not {x.shape[2]}")
+        if any(each.shape != zeros.shape for each in first):
+            raise ValueError(
+                f"first states of a tracked LSTM have shapes {[tuple(s.shape) for s in first]}: "
+                f"both must be {tuple(zeros.shape)}, (layers x directions, rows, hidden size)"
+            )
         hidden, cell = [], []
         for layer in range(self.num_layers):
             part = slice(layer * count, (layer + 1) * count)

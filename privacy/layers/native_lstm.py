@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from sottovoce.client.native import address, kernels, level
 from sottovoce.privacy.gradients.factors import Dense, Summed
@@ -102,6 +103,8 @@ def _layer(
 ) -> _Layer:
     (rows, length, width), size = x.shape, c0.shape[1]
     groups = params[1].shape[0] if params[1].dim() == 3 else 1
+    if rows % groups:
+        raise ValueError(f"{rows} rows do not divide into {groups} stacks of weights")
     if fillers is not None and groups not in (1, len(fillers)):
         fillers = None
     lanes = groups if fillers is None else len(fillers)
@@ -133,6 +136,18 @@ def in_full(method: Callable[..., Any]) -> Callable[..., Any]:
             return method(ctx, first, *rest)
 
     return run
+
+
+def _leaks(fillers: Tensor | None, grads: tuple[Tensor, ...]) -> Tensor | None:
+    """(rows, 1, 1) what reaches fillers, though their losses weigh nothing; 0 in other rows.
+
+    For a probe, which must see it: a layer passes over what is handed on to fillers.
+    """
+    if fillers is None:
+        return None
+    sizes = grads[0].abs().sum((1, 2)) + grads[1].abs().sum((0, 2)) + grads[2].abs().sum((0, 2))
+    place = torch.arange(len(sizes) // len(fillers))
+    return torch.where((place < fillers.unsqueeze(1)).flatten(), sizes, 0.0).view(-1, 1, 1)
 
 
 class NativeLSTMFunction(torch.autograd.Function):
@@ -168,16 +183,23 @@ class NativeLSTMFunction(torch.autograd.Function):
             each.clone(memory_format=torch.contiguous_format) for each in grads[1:]
         )
         d_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        probed = ctx.leaf.tape.listener is not None
+        leaks = _leaks(ctx.fillers, grads) if probed else None
         for d in range(directions):
             kept = Kept(*rest[4 * d : 4 * d + 4])
-            if ctx.leaf.tape.listener is not None:
+            if probed:
                 kept.gates = kept.gates.clone()  # the pass after the probe needs them once more
             own = tuple(params[d * kinds : (d + 1) * kinds])
             go_back(x, own, c0[d], kept, onto, d_hidden[d], d_cell[d], d_x, d, ctx.fillers)
+            increment_version(kept.gates)  # so that autograd refuses to go back once more
+            if leaks is not None:
+                kept.gates, kept.before = kept.gates + leaks, kept.before + leaks
             names = ctx.names[d * kinds : (d + 1) * kinds]
             ctx.leaf.record(names[0], Dense(x, kept.gates))
             ctx.leaf.record(names[1], Dense(kept.before, kept.gates))
             biases = Summed(kept.gates)  # one for both, which is added up once
             for name in names[2:]:
                 ctx.leaf.record(name, biases)
+        if leaks is not None and d_x is not None:
+            d_x += leaks
         return d_x, d_hidden, d_cell, None, None, *[None] * len(params)
