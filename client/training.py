@@ -261,6 +261,8 @@ class GroupTrainer:
         if self.engine == "grouped":
             self.grouped.tape.fill(torch.from_numpy(now.fillers()), rows.size)
         batch = shortened(data.batch, rows)
+        if self.engine == "grouped":
+            self.grouped.tape.measure(batch["lengths"], max(int(batch["lengths"].max()), 1))
         if lazy is not None and self.table_input is not None:
             width = batch[self.table_input].shape[1:2]
             batch[self.table_input] = lazy.renumbered(now.rows, now.chosen, *width)

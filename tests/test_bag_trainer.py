@@ -24,6 +24,7 @@ from bag_fleets import (
     natively,
     parameters_of,
     task_of,
+    together,
     training_of,
 )
 from torch import Tensor, nn
@@ -82,9 +83,8 @@ def test_sums_are_those_of_the_grouped_engine_for_any_number_of_layers(
 @pytest.mark.parametrize("mode", ["mean", "sum"])
 @pytest.mark.parametrize("padding", [None, 0])
 def test_bags_of_any_kind(mode: str, padding: int | None, example: ExampleClipping | None) -> None:
-    """Where nothing stands for padding, rows have to be of one length."""
     model = Bag(mode=mode, padding=padding, bias=mode == "sum", width=16 if padding == 0 else 5)
-    compared(model, Sayings(even=padding is None), training_of(example))
+    compared(model, Sayings(), training_of(example))
 
 
 @pytest.mark.parametrize("example", [None, CLIPPED, NOISED, AUTOMATIC])
@@ -223,20 +223,21 @@ def norm_of(sums: dict[str, Tensor]) -> float:
 
 @pytest.mark.parametrize("mode", ["mean", "sum"])
 @pytest.mark.parametrize("padding", [None, 0])
+@pytest.mark.parametrize("trained", [natively, together])
 def test_an_example_more_moves_a_step_by_its_own_gradient_however_long_it_is(
-    mode: str, padding: int | None
+    mode: str, padding: int | None, trained: Any
 ) -> None:
     """Without a word for padding too: what is behind a row's length is not the row's."""
     population, model, training = Sayings(), Bag(mode=mode, padding=padding), training_of(CLIPPED)
     parameters = {name: 30 * p for name, p in parameters_of(model).items()}
     short, long = [3, 4, 0, 0, 0, 0, 0], [5, 6, 7, 8, 9, 10, 11]
     before, after = (
-        natively(model, population, training, chunk, parameters)[0].sums
+        trained(model, population, training, chunk, parameters)[0].sums
         for chunk in (one_step([short] * 3, [2] * 3), one_step([short] * 3 + [long], [2] * 3 + [7]))
     )
     bound = training.learning_rate * CLIPPED.clip_norm / training.plan.batch_size
     moved = norm_of({name: after[name] - total for name, total in before.items()})
-    assert 0.99 * bound < moved <= (1 + 1e-6) * bound
+    assert 0.99 * bound < moved <= (1 + 1e-5) * bound  # a difference of float32 sums
 
 
 @pytest.mark.parametrize("size", [1e15, 1e18, 1e20, 1e30, 1e37, 1e38])

@@ -267,3 +267,12 @@ def test_recurrent_layers_train_under_autocast(kind: Any) -> None:
     with torch.autocast("cpu"):
         _, coarse = clipped_gradients(model, lambda m: m(x), 1.0)
     assert torch.allclose(coarse, norms, rtol=0.05)
+
+
+def test_a_small_input_times_a_large_gradient_is_measured() -> None:
+    """Either squared is beyond float32, their product is not."""
+    model = torch.nn.Linear(10_000, 1, bias=False)
+    x = torch.full((3, 10_000), 2e-23)
+    (found,), norms = clipped_gradients(model, lambda m: 1.5e19 * m(x).squeeze(1), 0.01)
+    torch.testing.assert_close(norms, torch.full((3,), 0.03), rtol=1e-4, atol=0)
+    assert float(found.norm()) <= 3 * 0.01

@@ -61,6 +61,7 @@ MIXING = {
     "mean": lambda x: x - x.mean(0, keepdim=True),
     "batch norm": lambda x: F.batch_norm(x.flatten(0, 1), None, None, training=True).view(x.shape),
     "roll": lambda x: x.roll(1, 0),
+    "reverse": lambda x: x.flip(0),
     "turned": lambda x: x.transpose(0, 1),
     "softmax": lambda x: x.softmax(0),
 }

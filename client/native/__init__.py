@@ -66,7 +66,8 @@ def level() -> str:
 
 def address(tensor: Tensor) -> int:
     """Where the numbers of a contiguous tensor of the processor's own memory begin."""
-    assert tensor.is_contiguous() and tensor.device.type == "cpu"
+    if not (tensor.is_contiguous() and tensor.device.type == "cpu"):
+        raise ValueError("a kernel was given a tensor that is not contiguous, or on a GPU")
     return tensor.data_ptr()
 
 

@@ -133,9 +133,11 @@ class Memo:
         return self._grams.get(id(tensor))
 
     def squared(self, tensor: Tensor) -> Tensor:
-        """(rows,) squared norm of each row of a tensor (rows, 1, D)."""
+        """(rows,) squared norm of each row of a tensor (rows, 1, D), in float64: a small one
+        times a large one must not be lost.
+        """
         if id(tensor) not in self._squares:
-            flat = wide(tensor).squeeze(1)
+            flat = wide(tensor).squeeze(1).double()
             self._squares[id(tensor)] = (tensor, (flat * flat).sum(1))
         return self._squares[id(tensor)][1]
 
@@ -192,7 +194,7 @@ def _as_direct(factor: Factor) -> Direct:
 
 def _summed_norm(factor: Summed, memo: Memo) -> Tensor:
     if factor.g.shape[1] == 1:
-        return memo.squared(factor.g)
+        return memo.squared(factor.g).to(wide(factor.g).dtype)
     gram = memo.known(factor.g)
     if gram is None:
         return _added_norm(wide(factor.g))
@@ -210,7 +212,7 @@ def _dense_norm(factor: Dense, memo: Memo) -> Tensor:
     rows, length, width = factor.x.shape
     out = factor.g.shape[2]
     if length == 1:
-        return memo.squared(factor.x) * memo.squared(factor.g)
+        return (memo.squared(factor.x) * memo.squared(factor.g)).to(wide(factor.g).dtype)
     if length * (width + out) > width * out or 8 * length * length > MEMORY_BOUND:
         return _built_norm(wide(factor.x), wide(factor.g))
     step = max(1, MEMORY_BOUND // max(1, 8 * length * length))

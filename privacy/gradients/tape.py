@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from sottovoce.client.errors import UnsupportedLayer
@@ -25,6 +26,8 @@ class Tape:
         self.listener: Callable[[str, Factor], None] | None = None
         self.fillers: Tensor | None = None
         self._filled = 0  # rows of the pass that they are for
+        self._lengths: Tensor | None = None
+        self._width = 0
         self._row_seeds: Tensor | None = None
         self._calls = 0
         self._factors: dict[str, list[Factor]] = {}
@@ -69,6 +72,23 @@ class Tape:
         """The fillers where a layer sees the rows of the pass that they are for."""
         return self.fillers if rows == self._filled and rows == self.rows_now else None
 
+    def measure(self, lengths: Tensor, width: int) -> None:
+        """Set how many positions are each row's own, (rows,), of `width`; 0: nobody's row."""
+        short = bool(((lengths > 0) & (lengths < width)).any())
+        self._lengths, self._width = lengths if short else None, width
+
+    def own(self, index: Tensor) -> Tensor | None:
+        """(rows, T) bool, which positions of `index` are a row's own; None for all of them.
+
+        What stands behind a row's end is there for the sake of other rows: a layer that has no
+        padding index must not look at it, or a row's gradient would hang on its company.
+        """
+        lengths = self._lengths
+        if lengths is None or index.shape != (len(lengths), self._width):
+            return None
+        ends = torch.where(lengths > 0, lengths, self._width)
+        return torch.arange(self._width, device=index.device) < ends.unsqueeze(1)
+
     def see(self, rows: int) -> None:
         """Note the number of rows of a forward pass (the largest first dimension seen)."""
         if self.rows is None or rows > self.rows:
@@ -92,6 +112,7 @@ class Tape:
         gradients cannot be told apart.
         """
         factors, self._factors, self.rows, self.fillers = self._factors, {}, None, None
+        self._lengths = None
         for name, uses in factors.items() if check else ():
             for use in uses:
                 seen = use.rows()

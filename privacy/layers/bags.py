@@ -95,11 +95,12 @@ class TrackedEmbeddingBag(Leaf):
         """(rows, T) weight of each word in its bag's sum; None where all weigh 1 / T."""
         if given is not None and self.mode != "sum":
             raise ValueError(f"per_sample_weights need mode='sum', not mode={self.mode!r}")
-        if self.padding_idx is None:
+        own = self.tape.own(index) if self.padding_idx is None else index != self.padding_idx
+        if own is None:
             if self.mode == "mean":
                 return None
             return torch.ones_like(index, dtype=self.weight.dtype) if given is None else given
-        real = (index != self.padding_idx).to(self.weight.dtype)
+        real = own.to(self.weight.dtype)
         if self.mode == "mean":
             return real / real.sum(1, keepdim=True).clamp_min(1.0)
         return real if given is None else real * given
