@@ -49,9 +49,10 @@ class GroupCoins:
 
     def streams(self, purpose: str) -> NoiseStreams:
         """A stream of normals for each device."""
-        return NoiseStreams([
-            self.source.digest(purpose, self.round, d.device, size=KEY_BYTES) for d in self.draws
-        ])
+        devices = (draw.device for draw in self.draws)
+        return NoiseStreams(
+            self.source.digests(purpose, self.round, numbers=devices, size=KEY_BYTES)
+        )
 
     def of_examples(self, purpose: str, low: int, high: int) -> NDArray[np.int64]:
         """(batch rows, steps) integers from `low` to `high`; 0 where nobody is."""

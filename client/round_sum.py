@@ -150,8 +150,8 @@ class RoundSum:
             if name == self.table:
                 variance = (owed - self.touched).clamp_min(0).unsqueeze(1)
             if bool((variance > 0).any()):
-                noise = torch.from_numpy(generator.standard_normal(tuple(tensor.shape)))
-                tensor += noise * variance.sqrt()
+                drawn = generator.standard_normal(tuple(tensor.shape), dtype=np.float32)
+                tensor += torch.from_numpy(drawn) * variance.sqrt()
         sums = {name: tensor.float() for name, tensor in self.sums.items()}
         return FleetReply(sums, self.levels, self.dropped, self.totals)
 

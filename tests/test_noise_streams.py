@@ -11,6 +11,7 @@ from scipy import stats
 
 from sottovoce.client.batch_draws import draw_visits
 from sottovoce.client.batches import BatchPlan, draw_batches, largest
+from sottovoce.privacy.mechanisms.noise import NoiseSource
 from sottovoce.privacy.mechanisms.noise_streams import KEY_BYTES, NoiseStreams
 from sottovoce.privacy.mechanisms.philox import philox
 from sottovoce.strategies.levels import activity_levels
@@ -140,3 +141,10 @@ def test_every_order_of_an_epoch_is_as_likely() -> None:
     orders = visits.row.reshape(-1, 3) @ np.array([9, 3, 1])
     found = np.unique(orders, return_counts=True)[1]
     assert len(found) == 6 and stats.chisquare(found).pvalue > 1e-6
+
+
+@given(numbers=st.lists(st.integers(0, 2**62), max_size=5), size=st.integers(1, 64))
+def test_many_digests_are_each_ones_own(numbers: list[int], size: int) -> None:
+    source = NoiseSource.from_seed(3)
+    known = [source.digest("noise", 7, number, size=size) for number in numbers]
+    assert source.digests("noise", 7, numbers=numbers, size=size) == known

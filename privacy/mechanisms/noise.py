@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import secrets
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -84,6 +85,16 @@ class NoiseSource:
         """Two words of 64 bits for `philox`, which draws for many devices at once."""
         digest = self.digest(purpose, *key, size=16)
         return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
+
+    def digests(self, purpose: str, *key: int, numbers: Iterable[int], size: int) -> list[bytes]:
+        """`digest` of (*key, number) for each of `numbers`; what they share is hashed once."""
+        text = "\x00".join([purpose, *map(str, key), ""]).encode()
+        shared, found = hashlib.blake2b(text, key=self.secret, digest_size=size), []
+        for number in numbers:
+            own = shared.copy()
+            own.update(b"%d" % number)
+            found.append(own.digest())
+        return found
 
     def digest(self, purpose: str, *key: int, size: int) -> bytes:
         """`size` bytes that nobody without the secret can tell from random ones."""
