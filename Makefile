@@ -17,7 +17,7 @@ help:
 	@echo "make lint        ruff"
 	@echo "make types       mypy"
 	@echo "make protocol    the code of the device protocol, from client/protocol/device.proto"
-	@echo "make clean       remove .venv and caches (runs/ stays)"
+	@echo "make clean       remove .venv, built kernels and caches (runs/ stays)"
 	@echo
 	@echo "Python 3.11 or newer is taken from PATH; PYTHON=/path/to/python3 names another."
 
@@ -60,5 +60,5 @@ protocol: $(DEVELOP)
 	@cp build/$(PROTOCOL)/device_pb2* client/protocol/
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build dist client/native/_kernels*.so *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -101,6 +106,31 @@ def test_streams_that_are_not_there_and_impossible_draws_are_refused(
     with pytest.raises(ValueError, match="are not all among|a draw gives"):
         streams.flat(counts, first=first)
     assert not streams._places.any()
+
+
+@pytest.mark.skipif(
+    not (sys.platform.startswith("linux") and shutil.which("cc")), reason="no C compiler on Linux"
+)
+def test_the_kernels_are_there_where_there_is_a_compiler() -> None:
+    """Or a kernel that does not compile would only skip its tests: `make test` builds them anew."""
+    assert native._library() is not None
+
+
+def test_kernels_older_than_their_sources_are_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = next(Path(native.__file__).parent.glob("_kernels*.so"), None)
+    if built is None:
+        pytest.skip("the kernels were not built")
+    library, source = tmp_path / built.name, tmp_path / "kernels.c"
+    shutil.copy(built, library)
+    source.touch()
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "__init__.py"))
+    os.utime(library, (1000, 1000))
+    os.utime(source, (2000, 2000))
+    assert native._library() is None
+    os.utime(source, (1000, 1000))
+    assert native._library() is not None
 
 
 def test_the_environment_names_the_level(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,13 +72,17 @@ def address(tensor: Tensor) -> int:
 
 
 def _library() -> Library | None:
-    for path in sorted(Path(__file__).parent.glob("_kernels*.so")):
+    folder = Path(__file__).parent
+    sources = [path.stat().st_mtime for path in folder.glob("*.[ch]")]  # none but in a checkout
+    for path in sorted(folder.glob("_kernels*.so")):
+        if path.stat().st_mtime < max(sources, default=0.0):
+            continue  # of an older build, whose structures may have another layout
         try:
             library = Library(str(path))
             for name, (result, arguments) in SIGNATURES.items():
                 function = getattr(library, name)
                 function.restype, function.argtypes = result, arguments
-        except (OSError, AttributeError):  # of another machine, or of an older build
+        except (OSError, AttributeError):  # of another machine
             continue
         return library
     return None
